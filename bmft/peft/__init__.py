@@ -1,0 +1,205 @@
+"""A fine-tuning method: which leaves of the parameter tree move, plus some leaves of its own.
+
+A method is a file of this folder with `make(model, *, ...) -> Method`; its keyword arguments are
+its config group. `attach` puts methods into a model at call time: the base tree keeps its paths,
+and what a method adds lives in collections of its own:
+
+    peft/layers/attention/query/lora_a [l, in, r]    moves, float32
+    peft_const/layers/attention/query/lora_scale     saved, never moves
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bmft import tree
+from bmft.errors import Mistake, nearest
+
+# Label of the leaves that the task's head, or nobody, claims.
+HEAD = "head"
+
+
+class Method(NamedTuple):
+    """Pure functions; every field but `name` and `moves` may stay None."""
+
+    name: str
+    # path -> label or None. Asked for base leaves (params/...) and added ones (peft/...).
+    moves: Callable
+    # (module, call, *args) -> output: around the call of a module of bmft.layers.
+    hook: Callable | None = None
+    # {module path: {name: array}}: the method's constants, stacked as the module is.
+    constants: dict | None = None
+    # path -> bool [l] or None: of a moving leaf of the stack, which layers move; None is all.
+    rows: Callable | None = None
+    # (params, added) -> params: folded into plain weights, float32. None: cannot be folded in, or
+    # adds nothing.
+    merge: Callable | None = None
+    # Largest difference between adapted and base logits before the first step, relative to the
+    # largest base logit. 0: the same to the bit.
+    identity: float = 0.0
+    # How Hugging Face PEFT writes it (bmft.peft.files.Files); None: as BMFT_<METHOD>.
+    files: Any = None
+
+
+def names():
+    """The methods there are: the files of this folder that have a `make`."""
+    return [entry.name for entry in pkgutil.iter_modules(__path__) if _make(entry.name)]
+
+
+def _make(name):
+    return getattr(importlib.import_module(f"bmft.peft.{name}"), "make", None)
+
+
+def get(name):
+    """The `make` of a method by name; Mistake, with the nearest, where there is none."""
+    if name not in names():
+        raise Mistake(f"peft.methods: no method {name!r}; {nearest(name, names())}")
+    return _make(name)
+
+
+def build(model, methods, groups):
+    """The `Method`s of a config: their names and {name: arguments of make}."""
+    if not methods:
+        raise Mistake(f"peft.methods is empty; known: {', '.join(names())}")
+    if len(set(methods)) < len(methods):
+        raise Mistake(f"peft.methods names a method twice: {', '.join(methods)}")
+    made = []
+    for name in methods:
+        wanted = inspect.signature(get(name)).parameters
+        given = {key: value for key, value in groups.get(name, {}).items() if key in wanted}
+        made.append(get(name)(model, **given))
+    return tuple(made)
+
+
+# --- for hooks -------------------------------------------------------------------------------
+
+
+def path_of(module):
+    return "/".join(module.path)
+
+
+def leaf(module, name, init, shape):
+    """A method's own leaf (float32) at `module`: made by init(key, shape, dtype) if not there."""
+    make = lambda: init(module.make_rng("peft"), shape, jnp.float32)  # noqa: E731
+    return module.variable("peft", name, make).value
+
+
+def dropout(module, x, rate):
+    """x with a share `rate` dropped from the method's own stream; x itself when not training."""
+    if rate == 0.0 or not module.has_rng("peft"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("peft"), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+# --- into the model --------------------------------------------------------------------------
+
+
+class Attached(NamedTuple):
+    add: Callable  # (key, params) -> {"peft": ..., "peft_const": ...}
+    apply: Callable  # (variables, batch, *, train=False, key=None, adapter=True) -> outputs
+
+
+def attach(methods, model):
+    """`add` and `apply` of a model with methods in it; the only place that enters the interceptor.
+
+    apply draws dropout from `key` when train is true; without train it is deterministic.
+    """
+    hooks = [method.hook for method in methods if method.hook]
+    fixed = constants(methods)
+
+    def around(call, args, kwargs, context):
+        if context.method_name != "__call__":  # scan and remat wrappers come through here too
+            return call(*args, **kwargs)
+        for hook in reversed(hooks):
+            call = partial(hook, context.module, call)
+        return call(*args, **kwargs)
+
+    def hooked(variables, batch, rngs, train=False, mutable=False):
+        with nn.intercept_methods(around):
+            return model.module.apply(variables, batch, train, rngs=rngs, mutable=mutable)
+
+    def add(key, params):
+        """The leaves the methods add, made on the loaded weights so that hooks see real kernels."""
+        made = hooked({"params": params, **fixed}, model.dummy, {"peft": key}, mutable=["peft"])[1]
+        return {"peft": made.get("peft", {})} | fixed
+
+    def apply(variables, batch, *, train=False, key=None, adapter=True):
+        streams = ("dropout", "peft") if train else ()
+        rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(streams)}
+        if not (adapter and hooks):
+            base = {"params": variables["params"]}
+            return model.module.apply(base, batch, train, rngs=rngs)
+        return hooked(variables, batch, rngs, train)
+
+    return Attached(add, apply)
+
+
+def constants(methods):
+    """{"peft_const": tree of the methods' constants}; {} if they have none."""
+    flat = {
+        f"peft_const/{path}/{name}": jnp.asarray(array)
+        for method in methods
+        for path, arrays in (method.constants or {}).items()
+        for name, array in arrays.items()
+    }
+    return tree.unflatten(flat)
+
+
+def merge(methods, params, added):
+    """Plain weights of a base tree (float32) and what methods added to it.
+
+    Raises Mistake for a method that adds leaves and cannot be folded in.
+    """
+    for method in methods:
+        if method.merge:
+            params = method.merge(params, added)
+        elif method.hook:
+            raise Mistake(f"method {method.name!r} cannot be merged into plain weights")
+    return params
+
+
+# --- what moves ------------------------------------------------------------------------------
+
+
+def claims(methods, paths, *, heads, fresh=(), head_label=False):
+    """{path: label} of every leaf that moves, of `paths` (params/... and peft/...).
+
+    heads: subtrees of params the task owns: claimed last, under `head`, unless a method moves them
+    already; head_label=True gives them `head` whoever else claims them (a rate of their own was
+    asked for). fresh: base paths that no file had: they move, or would be lost.
+    Raises Mistake where two methods claim a leaf under different labels, or one moves nothing.
+    """
+    claimed = {}
+    for method in methods:
+        own = {path: label for path in paths if (label := method.moves(path))}
+        for path, label in own.items():
+            if claimed.setdefault(path, label) != label:
+                raise Mistake(
+                    f"peft.methods: {path} is moved both as {claimed[path]!r} and as {label!r}; "
+                    "give up one of the two methods"
+                )
+        if not own and method.hook:
+            raise Mistake(f"method {method.name!r} moves nothing")
+    for path in paths:
+        base = path.removeprefix("params/")
+        head = base != path and tree.under(base, heads)
+        if head and head_label:
+            claimed[path] = HEAD
+        elif head or (base != path and base in fresh):
+            claimed.setdefault(path, HEAD)
+    return claimed
+
+
+def moving_rows(methods, path):
+    """bool [l] of a moving leaf of the stack: which layers move; None: all of it."""
+    masks = [method.rows(path) for method in methods if method.rows and method.moves(path)]
+    masks = [mask for mask in masks if mask is not None]
+    return masks[0] if masks else None

@@ -1,0 +1,353 @@
+"""Adapter directories, out and in: adapter_config.json and adapter_model.safetensors.
+
+One method that Hugging Face PEFT has too stands there as PEFT writes it, a tensor a module and
+layer, in torch's layout; PEFT loads it and computes the same (bmft.peft.portable):
+
+    base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight     [r, in]
+    base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias   a moved bias
+    base_model.model.classifier.weight                                           the head
+
+Anything else stands by our own paths, whole stacks, under the peft_type `BMFT_<METHOD>`:
+
+    params/layers/mlp/up/bias [l, f]        peft/layers/mlp/adapter_up_kernel [l, m, d]
+
+The base's fingerprint and the label names travel in the metadata, which PEFT does not look at.
+Reading is strict: what is not understood and could change the outputs is refused by its name.
+"""
+
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16, which safetensors then reads
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bmft import peft, tree
+from bmft.errors import Mistake, nearest
+from bmft.peft import matching, portable
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+OWN, TASK = "BMFT_", "SEQ_CLS"
+BASE_KEY, LABELS_KEY = "bmft_base_fingerprint", "bmft_labels"
+
+# What any configuration may say that makes no difference to what a trained adapter computes.
+ABOUT = (
+    *("peft_type", "task_type", "inference_mode", "peft_version", "base_model_name_or_path"),
+    *("revision", "auto_mapping", "runtime_config"),
+)
+# On which modules: {field: (types, PEFT's default)}; bmft.peft.matching says what they mean.
+WHERE = {
+    "target_modules": ((list[str], str), None),
+    "exclude_modules": ((list[str], str), None),
+    "layers_to_transform": ((list[int], int), None),
+    "layers_pattern": ((list[str], str), None),
+    "modules_to_save": ((list[str],), None),
+}
+
+
+class Files(NamedTuple):
+    """How a built method's leaves stand in a PEFT adapter, one module of one layer at a time.
+
+    Leaves and tensors are NumPy arrays, without the layer axis; tensors in torch's layout.
+    """
+
+    settings: dict  # the method's fields of adapter_config.json, peft_type among them
+    sites: dict  # the modules it is on: {module path: bool [l], or [] outside the stack}
+    modules_to_save: tuple  # as the user wrote them
+    # (module path, layer or None, {leaf name: array}, constants among them)
+    # -> {key after the module's name: tensor}
+    encode: Callable
+    # (module path, layer or None, {key after the module's name: tensor}) -> {leaf name: array}
+    decode: Callable
+
+
+class Layout(NamedTuple):
+    """How a method is read from PEFT's configuration: the `LAYOUT` of the method's file."""
+
+    peft_type: str  # "LORA"
+    fields: dict  # those it reads: {field: (types, PEFT's default)}
+    ignored: tuple  # those that make no difference to a trained adapter
+    defaults: dict  # {field: the one value it may have, beside null, false and empty}
+    # ({field: value}, of `fields` and of WHERE, names table) -> arguments of the method's make
+    arguments: Callable
+
+
+class Adapter(NamedTuple):
+    """An adapter directory, read for a model."""
+
+    methods: tuple  # built
+    names: tuple  # of the methods
+    groups: dict  # {method's name: arguments of its make}
+    leaves: dict  # {"params/...": float32 array, "peft/...": ...}: whole stacks
+    rows: dict  # {"params/...": bool [l]}: leaves of which only these layers are meant
+    labels: tuple | None
+    file: Path  # of the tensors
+
+
+class Card(NamedTuple):
+    """What an adapter directory says of itself, before there is a model."""
+
+    peft_type: str
+    base: str | None  # the base, as its trainer called it
+    fingerprint: str | None  # of the base; None in files that are not ours
+    labels: tuple | None
+    outputs: int | None  # numbers the head gives; None: there is no head that has a name we know
+
+
+# --- out -------------------------------------------------------------------------------------
+
+
+def write(folder, methods, groups, model, moving, frozen, *, base, fingerprint, labels=None):
+    """Writes the two files into `folder`, which is made if need be.
+
+    methods, groups: as built, and {name: group of the config}; moving, frozen: trees of variables,
+    whole on this host; base: what the model is called; labels: names, None where there are none.
+    """
+    if len(methods) == 1 and methods[0].files:
+        settings, tensors = portable.encode(methods[0], model.names, moving, frozen)
+    else:
+        settings, tensors = _encode_own(methods, groups, model, moving, frozen)
+    settings |= {"base_model_name_or_path": base, "task_type": TASK, "inference_mode": True}
+    about = {"format": "pt", BASE_KEY: fingerprint}
+    if labels is not None:
+        about[LABELS_KEY] = json.dumps(list(labels))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors writes memory as it lies, and a transposed view lies otherwise.
+    laid_out = {key: np.ascontiguousarray(tensor, np.float32) for key, tensor in tensors.items()}
+    save_file(laid_out, folder / TENSORS, about)
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _encode_own(methods, groups, model, moving, frozen):
+    names = [method.name for method in methods]
+    moved = tree.flatten(moving)
+    claimed = peft.claims(methods, moved, heads=model.heads)
+    settings = {
+        "peft_type": _own_type(names),
+        "methods": names,
+        "groups": {name: _own_group(name, groups.get(name, {})) for name in names},
+        # Leaves that no base file had, which moved with the head.
+        "fresh": sorted(path.removeprefix("params/") for path in moved if path not in claimed),
+    }
+    return settings, moved | tree.flatten({"peft_const": frozen.get("peft_const", {})})
+
+
+def _own_type(names):
+    return OWN + "_".join(names).upper()
+
+
+def _own_group(name, group):
+    """Those keys of a method's group that are its make's."""
+    wanted = inspect.signature(peft.get(name)).parameters
+    return {key: value for key, value in group.items() if key in wanted}
+
+
+# --- in --------------------------------------------------------------------------------------
+
+
+def card(folder):
+    """The `Card` of an adapter directory; Mistake if it is none."""
+    fields = _read_config(Path(folder))
+    about, shapes = _headers(Path(folder) / TENSORS)
+    ends = (".classifier.out_proj.bias", ".classifier.bias", "/classifier/out/bias")
+    outputs = [shapes[key][0] for end in ends for key in shapes if key.endswith(end)]
+    return Card(
+        peft_type=fields["peft_type"],
+        base=fields.get("base_model_name_or_path"),
+        fingerprint=about.get(BASE_KEY),
+        labels=_labels(about),
+        outputs=outputs[0] if outputs else None,
+    )
+
+
+def read(folder, model, *, fingerprint=None):
+    """The `Adapter` in a directory, for a model, whose weights need not be read.
+
+    fingerprint: the base's; an adapter that was trained on another is refused. Raises Mistake,
+    naming file and field or tensor, for what is missing, unknown, or does not fit.
+    """
+    folder = Path(folder)
+    fields = _read_config(folder)
+    about, _ = _headers(folder / TENSORS)
+    if fingerprint and about.get(BASE_KEY, fingerprint) != fingerprint:
+        trained_on = fields.get("base_model_name_or_path")
+        raise Mistake(
+            f"{folder}: the adapter was trained on another base ({trained_on!r}) than "
+            f"{model.name!r}: its weights have the fingerprint {about[BASE_KEY][:12]}, "
+            f"these {fingerprint[:12]}"
+        )
+    if fields.get("task_type") not in (None, TASK):
+        asked = fields["task_type"]
+        raise Mistake(f"{folder / CONFIG}: task_type {asked!r}; only {TASK!r} is known here")
+    tensors = _read_tensors(folder / TENSORS)
+    own = fields["peft_type"].startswith(OWN)
+    decode = _decode_own if own else _decode
+    methods, groups, leaves, rows = decode(folder, fields, tensors, model)
+    names = tuple(method.name for method in methods)
+    return Adapter(methods, names, groups, leaves, rows, _labels(about), folder / TENSORS)
+
+
+def insert(adapter, params, fresh=()):
+    """Variables {"params", "peft", "peft_const"} of a loaded base tree and an `Adapter` for it.
+
+    fresh: paths that no base file had; Mistake if the adapter has them neither.
+    """
+    lost = [path for path in fresh if f"params/{path}" not in adapter.leaves]
+    if lost:
+        raise Mistake(f"{adapter.file}: has no {lost[0]}, and nor has the base: it would be random")
+    flat = tree.flatten({"params": params, **peft.constants(adapter.methods)})
+    for path, leaf in adapter.leaves.items():
+        if path in adapter.rows:
+            mask = adapter.rows[path].reshape(-1, *[1] * (leaf.ndim - 1))
+            leaf = jnp.where(mask, leaf, flat[path])
+        flat[path] = jnp.asarray(leaf)
+    return tree.unflatten(flat)
+
+
+def _decode(folder, fields, tensors, model):
+    """(methods, groups, leaves, rows) of PEFT's layout."""
+    layouts = {name: layout for name in peft.names() if (layout := _layout(name))}
+    types = {layout.peft_type: name for name, layout in layouts.items()}
+    file = folder / CONFIG
+    if fields["peft_type"] not in types:
+        own = [OWN + name.upper() for name in peft.names()]
+        near = nearest(fields["peft_type"], [*types, *own])
+        raise Mistake(f"{file}: peft_type {fields['peft_type']!r} is not known here; {near}")
+    name = types[fields["peft_type"]]
+    try:
+        settings = _settings(fields, layouts[name])
+        groups = {name: layouts[name].arguments(settings, model.names)}
+        methods = peft.build(model, (name,), groups)
+    except Mistake as mistake:
+        raise Mistake(f"{file}: {mistake}") from None
+    saved = settings["modules_to_save"]
+    return methods, groups, *portable.decode(methods[0], model, tensors, saved, folder / TENSORS)
+
+
+def _layout(name):
+    return getattr(importlib.import_module(f"bmft.peft.{name}"), "LAYOUT", None)
+
+
+def _settings(fields, layout):
+    """{field: value} of all that a layout reads; whatever else says something is refused."""
+    reads = layout.fields | WHERE
+    for field, value in fields.items():
+        silent = value is None or value is False or value in ("", [], {})
+        known = field in reads or field in ABOUT or field in layout.ignored
+        if not known and not silent and value != layout.defaults.get(field):
+            raise Mistake(f"field {field!r} is {json.dumps(value)}, which is not known here")
+    settings = {}
+    for field, (types, default) in reads.items():
+        value = fields.get(field, default)
+        if not (value is None and not default) and not any(_is(value, kind) for kind in types):
+            raise Mistake(f"field {field!r} cannot be {json.dumps(value)}")
+        settings[field] = default if value is None else value
+    settings["modules_to_save"] = [*(settings["modules_to_save"] or ()), *matching.HEADS]
+    return settings
+
+
+def _is(value, kind):
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(one, typing.get_args(kind)[0]) for one in value)
+    # Python takes True for an int.
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _decode_own(folder, fields, tensors, model):
+    """(methods, groups, leaves, rows) of our own layout."""
+    file = folder / CONFIG
+    known = {"methods": list, "groups": dict, "fresh": list}
+    for field in sorted({*fields, *known} - {*ABOUT}):
+        if field not in known:
+            raise Mistake(f"{file}: unknown field {field!r}; {nearest(field, known)}")
+        if not isinstance(fields.get(field), known[field]):
+            raise Mistake(f"{file}: field {field!r} must be a {known[field].__name__}")
+    names, groups = tuple(fields["methods"]), fields["groups"]
+    try:
+        for name in names:
+            peft.get(name)
+        if fields["peft_type"] != _own_type(names):
+            raise Mistake(f"peft_type {fields['peft_type']!r} is not that of methods {names}")
+        groups = {name: _from_json(name, groups.get(name, {})) for name in names}
+        methods = peft.build(model, names, groups)
+    except (TypeError, ValueError, AttributeError) as error:  # values of a wrong type
+        raise Mistake(f"{file}: field 'groups': {error}") from None
+    except Mistake as mistake:
+        raise Mistake(f"{file}: {mistake}") from None
+    base, added = portable.expected(methods, model)
+    shapes = {f"params/{path}": leaf.shape for path, leaf in base.items()}
+    shapes |= {f"peft/{path}": leaf.shape for path, leaf in added.items()}
+    for path in fields["fresh"]:
+        if path not in base:
+            raise Mistake(f"{file}: field 'fresh' names {path!r}; {nearest(path, base)}")
+    claimed = peft.claims(methods, shapes, heads=model.heads, fresh=fields["fresh"])
+    wanted = {path: shape for path, shape in shapes.items() if path in claimed}
+    constants = tree.flatten(peft.constants(methods))
+    wanted |= {path: leaf.shape for path, leaf in constants.items()}
+    portable.check(wanted, tensors, folder / TENSORS)
+    for path, leaf in constants.items():
+        if not np.allclose(tensors.pop(path), leaf, rtol=1e-6):
+            raise Mistake(f"{folder / TENSORS}: {path} is not what {CONFIG} makes of it")
+    return methods, groups, tensors, {}
+
+
+def _from_json(name, group):
+    """A method's group with tuples for lists; Mistake for a key its make does not take."""
+    wanted = list(inspect.signature(peft.get(name)).parameters)[1:]
+    for key in group:
+        if key not in wanted:
+            raise Mistake(f"peft.{name} has no {key!r}; {nearest(key, wanted)}")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _read_config(folder):
+    """adapter_config.json as a dict that has a peft_type."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise Mistake(f"{str(folder)!r} is no adapter directory: it has no {CONFIG}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Mistake(f"{file}: not JSON: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
+        raise Mistake(f"{file}: no peft_type: not an adapter of PEFT's (AdapterHub's are others)")
+    if not (folder / TENSORS).is_file():
+        pickled = f"; {PICKLE} is a pickle, which is refused" if (folder / PICKLE).is_file() else ""
+        raise Mistake(f"{folder}: no {TENSORS}{pickled}")
+    return fields
+
+
+def _labels(about):
+    return tuple(json.loads(about[LABELS_KEY])) if LABELS_KEY in about else None
+
+
+def _headers(file):
+    """(metadata, {key: shape}) of a safetensors file."""
+    with _opened(file) as tensors:
+        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        return tensors.metadata() or {}, shapes
+
+
+def _read_tensors(file):
+    """{key: float32 array}"""
+    with _opened(file) as tensors:
+        return {key: tensors.get_tensor(key).astype(np.float32) for key in tensors.keys()}  # noqa: SIM118
+
+
+def _opened(file) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise Mistake(f"{file}: {error}") from None

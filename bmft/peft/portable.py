@@ -1,0 +1,202 @@
+"""A built method's leaves as the tensors of a PEFT adapter, and back.
+
+Which leaves stand there is a function of the modules the method is on, of `bias`, and of the
+modules trained whole: the head, what no base file had, modules_to_save. Writing and reading both
+go by it, so what is written is what is looked for.
+"""
+
+import re
+
+import jax
+import numpy as np
+
+from bmft import peft, tree
+from bmft.errors import Mistake, nearest
+from bmft.peft import matching
+
+PREFIX = "base_model.model."
+
+
+def encode(method, names, moving, frozen):
+    """(fields of adapter_config.json, {key: tensor}) of one method and what moved with it."""
+    own, params = method.files, tree.flatten(moving.get("params", {}))
+    whole = _moved_whole(method, names, params)
+    slots = _slots(names, own.sites, own.settings.get("bias"), whole)
+    _check_complete(method, names, params, slots)
+    still, tensors = tree.flatten(frozen.get("params", {})), {}
+    for key, (leaf, layer) in slots.items():
+        array = np.asarray(params[leaf.path] if leaf.path in params else still[leaf.path])
+        tensors[key] = _turned(leaf, array if layer is None else array[layer])
+    added, constants = moving.get("peft", {}), frozen.get("peft_const", {})
+    tensors |= _encode_added(method, names, added, constants)
+    heads = sorted({names.full(leaf).partition(".")[0] for leaf in names.leaves if leaf.top})
+    saved = matching.spell_saved(names, whole, heads, own.modules_to_save)
+    where = matching.spell_targets(names, own.sites, saved)
+    return own.settings | where | {"modules_to_save": saved}, tensors
+
+
+def decode(method, model, tensors, modules_to_save, file):
+    """(leaves, rows) of bmft.peft.files.Adapter from the {key: tensor} of a file.
+
+    Raises Mistake, naming file and key, unless the keys and shapes are exactly the method's.
+    """
+    names, own, bias = model.names, method.files, method.files.settings.get("bias")
+    base, added = expected((method,), model)
+    whole = matching.saved(names, modules_to_save) | matching.head_modules(names)
+    slots = _slots(names, own.sites, bias, whole)
+    wanted = {
+        key: _shape(leaf, layer, base[leaf.path].shape) for key, (leaf, layer) in slots.items()
+    }
+    zeros = tree.unflatten({path: np.zeros(leaf.shape, np.float32) for path, leaf in added.items()})
+    constants = peft.constants((method,)).get("peft_const", {})
+    of_modules = _encode_added(method, names, zeros, constants)
+    wanted |= {key: tensor.shape for key, tensor in of_modules.items()}
+    check(wanted, tensors, file, may_have=_copies(tensors, wanted) if bias == "all" else ())
+    leaves, rows = {}, {}
+    for key, (leaf, layer) in slots.items():
+        path = f"params/{leaf.path}"
+        if layer is None:
+            leaves[path] = _turned(leaf, tensors[key])
+            continue
+        leaves.setdefault(path, np.zeros(base[leaf.path].shape, np.float32))
+        rows.setdefault(path, np.zeros(names.layers, bool))
+        leaves[path][layer], rows[path][layer] = _turned(leaf, tensors[key]), True
+    leaves |= _decode_added(method, names, added, tensors)
+    return leaves, {path: mask for path, mask in rows.items() if not mask.all()}
+
+
+def expected(methods, model):
+    """The shapes of the base tree and of what `methods` add: ({path: shape}, {path: shape})."""
+    key = jax.random.key(0)
+    base = jax.eval_shape(model.module.init, key, model.dummy)["params"]
+    added = jax.eval_shape(peft.attach(methods, model).add, key, base)["peft"]
+    return tree.flatten(base), tree.flatten(added)
+
+
+def check(wanted, tensors, file, may_have=()):
+    """Refuses missing and unexpected keys, and wrong shapes; wanted is {key: shape}."""
+    unexpected = sorted(set(tensors) - set(wanted) - set(may_have))
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        near = nearest(missing[0], unexpected) if unexpected else f"{len(missing)} are missing"
+        raise Mistake(f"{file}: no tensor {missing[0]!r}; {near}")
+    if unexpected:
+        near = nearest(unexpected[0], wanted)
+        raise Mistake(f"{file}: tensor {unexpected[0]!r} has no place in the model; {near}")
+    for key, shape in wanted.items():
+        if tensors[key].shape != tuple(shape):
+            found = list(tensors[key].shape)
+            raise Mistake(
+                f"{file}: tensor {key!r} has shape {found}, the model needs {list(shape)}"
+            )
+
+
+# --- leaves of the base ----------------------------------------------------------------------
+
+
+def _slots(names, sites, bias, whole):
+    """{key: (leaf, layer)} of the base leaves in an adapter.
+
+    whole: modules trained whole {path: bool [l]}; bias: of the others, which biases: all, those of
+    `sites` (lora_only, ...), or none.
+    """
+    slots = {}
+    for leaf in names.leaves:
+        module, _, last = leaf.path.rpartition("/")
+        for layer in names.layers_of(leaf.path):
+            on_site = _holds(sites, module, layer)
+            biased = last == "bias" and (bias == "all" or (bias not in (None, "none") and on_site))
+            if biased or _holds(whole, module, layer):
+                name, _, end = names.full(leaf).format(layer).rpartition(".")
+                # PEFT's module on a site holds the original as base_layer.
+                name += ".base_layer" if on_site else ""
+                slots[f"{PREFIX}{name}.{end}"] = leaf, layer
+    return slots
+
+
+def _holds(chosen, module, layer):
+    return module in chosen and bool(chosen[module][matching.at(layer)])
+
+
+def _moved_whole(method, names, params):
+    """Modules that moved by more than `bias` says, and the head."""
+    sites, bias = method.files.sites, method.files.settings.get("bias")
+    whole = dict(matching.head_modules(names))
+    for path in params:
+        module, _, last = path.rpartition("/")
+        by_bias = last == "bias" and (
+            bias == "all" or (bias not in (None, "none") and module in sites)
+        )
+        if not by_bias and module not in whole:
+            rows = peft.moving_rows((method,), f"params/{path}")
+            whole[module] = matching.everywhere(names, module) if rows is None else rows
+    return whole
+
+
+def _check_complete(method, names, params, slots):
+    """Every layer of every leaf that moved has a place in the file."""
+    placed = {(leaf.path, layer) for leaf, layer in slots.values()}
+    for path in params:
+        rows = peft.moving_rows((method,), f"params/{path}")
+        for layer in names.layers_of(path):
+            moved = rows is None or rows[matching.at(layer)]
+            assert not moved or (path, layer) in placed, f"{path}, layer {layer}, would be lost"
+
+
+def _turned(leaf, array):
+    """Our layout of one layer's leaf <-> the file's."""
+    return array.T if leaf.layout == "transpose" else array
+
+
+def _shape(leaf, layer, shape):
+    """The shape of a leaf of a layer in the file."""
+    shape = shape if layer is None else shape[1:]
+    return shape[::-1] if leaf.layout == "transpose" else shape
+
+
+def _copies(keys, wanted):
+    """Keys of biases that PEFT writes again under bias=all: the copies its wrappers hold."""
+    wrappers = (r"\.original_module\.", r"\.modules_to_save\.", r"\.modules_to_save\.[^.]+\.")
+    return [
+        key
+        for key in keys
+        if key.endswith(".bias")
+        and any(re.sub(wrapper, ".", key) in wanted for wrapper in wrappers)
+    ]
+
+
+# --- leaves of the method --------------------------------------------------------------------
+
+
+def _by_module(leaves):
+    """{path: leaf} -> {module path: {name: leaf}}"""
+    modules = {}
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition("/")
+        modules.setdefault(module, {})[name] = leaf
+    return modules
+
+
+def _encode_added(method, names, added, constants):
+    tensors, fixed = {}, _by_module(tree.flatten(constants))
+    for path, leaves in _by_module(tree.flatten(added)).items():
+        leaves = {name: np.asarray(leaf) for name, leaf in (leaves | fixed.get(path, {})).items()}
+        for layer in matching.layers(method.files.sites[path]):
+            mine = {name: leaf[matching.at(layer)] for name, leaf in leaves.items()}
+            theirs = PREFIX + names.called(path, layer)[1]
+            encoded = method.files.encode(path, layer, mine)
+            tensors |= {f"{theirs}.{end}": tensor for end, tensor in encoded.items()}
+    return tensors
+
+
+def _decode_added(method, names, added, tensors):
+    leaves = {f"peft/{path}": np.zeros(leaf.shape, np.float32) for path, leaf in added.items()}
+    for path in _by_module(added):
+        for layer in matching.layers(method.files.sites[path]):
+            theirs = PREFIX + names.called(path, layer)[1] + "."
+            mine = {
+                key.removeprefix(theirs): t for key, t in tensors.items() if key.startswith(theirs)
+            }
+            for name, array in method.files.decode(path, layer, mine).items():
+                leaves[f"peft/{path}/{name}"][matching.at(layer)] = array
+    return leaves

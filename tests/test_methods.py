@@ -1,0 +1,263 @@
+"""The contract every method keeps, found by file: a new method is tested by adding its file.
+
+Each method runs on one encoder, each model family with three methods, scanned or unrolled in turn;
+alpha is unlike rank and targets include layers that are not square.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from bmft import evaluate, peft, train, tree
+from bmft.errors import Mistake
+
+# Settings to test a method with, beside its defaults; the tiny model is 24 wide.
+SETTINGS = {
+    "lora": [
+        {"rank": 3, "alpha": 7.0},
+        {"rank": 3, "alpha": 7.0, "rslora": True, "targets": ("all-linear",)},
+        {
+            "rank": 2,
+            "alpha": 5.0,
+            "targets": ("attention.output", "intermediate.dense"),
+            "bias": "all",
+        },
+        {
+            "rank": 2,
+            "alpha": 5.0,
+            "targets": ("query", "mlp.down"),
+            "rank_pattern": ("layer.1.*query=4",),
+            "alpha_pattern": ("down=9",),
+            "layers_to_transform": (1, 2),
+            "bias": "lora_only",
+            "modules_to_save": ("pooler",),
+        },
+    ],
+    "adapter": [
+        {"kind": "houlsby", "reduction": 4},
+        {"kind": "pfeiffer", "reduction": 5},
+        {"kind": "parallel", "reduction": 3},
+    ],
+    "bitfit": [{"variant": "all"}, {"variant": "query_intermediate"}],
+}
+ON_BERT = [("bert", (name,), group) for name in peft.names() for group in SETTINGS.get(name, [{}])]
+FAMILIES = [
+    (family, (name,), SETTINGS.get(name, [{}])[0])
+    for family in ("roberta", "distilbert")
+    for name in ("lora", "adapter", "bitfit")
+]
+TOGETHER = [
+    ("bert", ("lora", "adapter"), {"kind": "parallel"}),
+    ("distilbert", ("lora", "bitfit"), {}),
+]
+CASES = ON_BERT + FAMILIES + TOGETHER
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {
+        family: tiny.directory(tmp_path_factory.mktemp(family), family) for family in tiny.FAMILIES
+    }
+
+
+@pytest.fixture(
+    scope="module",
+    params=list(enumerate(CASES)),
+    ids=lambda p: f"{p[1][0]}-{'+'.join(p[1][1])}-{p[0]}",
+)
+def fitted(request, folders):
+    number, (family, methods, group) = request.param
+    unroll = 1 + 2 * (number % 2)  # scanned and unrolled in turn: three layers
+    return tiny.Fitted(folders[family], methods, {methods[-1]: group}, unroll=unroll)
+
+
+@pytest.fixture(scope="module")
+def trained(fitted):
+    """The moving leaves after three steps from an adapter that is not at its start."""
+    tx = optax.sgd(0.1)
+    step = train.make_step(fitted.apply, tiny.loss, tx)
+    moving = jax.tree.map(jnp.copy, fitted.moving)
+    state = train.init_state(moving, tx, jax.random.key(2))
+    frozen = jax.tree.map(jnp.copy, fitted.frozen)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, tiny.batch())
+        losses.append(float(metrics["loss"]))
+    return state, frozen, losses, metrics
+
+
+def test_identity_at_the_start_is_as_declared(fitted):
+    difference = evaluate.compare_with_base(
+        fitted.apply, fitted.moving, fitted.frozen, tiny.batch()
+    )
+    assert difference <= max(method.identity for method in fitted.methods)
+
+
+def test_training_lowers_the_loss(trained):
+    assert trained[2][2] < trained[2][0]
+
+
+def test_only_claimed_leaves_move_and_all_of_them_do(fitted, trained):
+    state, frozen, _, _ = trained
+    for path, before in tree.flatten(fitted.frozen).items():
+        assert np.array_equal(before, tree.flatten(frozen)[path]), path
+    after = tree.flatten(state.moving)
+    assert set(after) == set(fitted.claims)
+    for path, before in tree.flatten(fitted.moving).items():
+        # softmax does not feel what is added to all keys: their bias has no gradient but rounding
+        if not path.endswith("attention/key/bias"):
+            assert not np.array_equal(before, after[path]), path
+
+
+def test_head_moves_with_every_method(fitted):
+    head = [path for path in fitted.claims if path.startswith("params/classifier/")]
+    assert len(head) == len(tree.flatten(fitted.loaded.params["classifier"]))
+
+
+def test_merge_equals_unmerged(fitted, trained):
+    state, frozen, _, _ = trained
+    variables = tree.join(state.moving, frozen)
+    want = fitted.apply(variables, tiny.batch())
+    added = {name: variables[name] for name in ("peft", "peft_const") if name in variables}
+    try:
+        params = peft.merge(fitted.methods, variables["params"], added)
+    except Mistake:
+        assert any(method.hook and not method.merge for method in fitted.methods)
+        return
+    merged = fitted.apply({"params": params}, tiny.batch(), adapter=False)
+    np.testing.assert_allclose(merged, want, atol=2e-5)
+    moved = fitted.apply({"params": variables["params"]}, tiny.batch(), adapter=False)
+    if variables.get("peft"):
+        assert np.abs(moved - want).max() > 1e-3  # the added leaves mattered
+
+
+def test_dropout_is_drawn_in_training_only(folders):
+    on = tiny.Fitted(
+        folders["bert"], ("lora",), {"lora": {"rank": 3, "alpha": 7.0, "dropout": 0.5}}
+    )
+    variables = tree.map_with_path(lambda p, x: x + 0.1 * p.endswith("lora_b"), on.variables)
+    batch, key = tiny.batch(), jax.random.key(0)
+    still = on.apply(variables, batch, train=False, key=key)
+    assert np.array_equal(still, on.apply(variables, batch))
+    one, two = (on.apply(variables, batch, train=True, key=jax.random.key(k)) for k in (0, 1))
+    assert np.array_equal(one, on.apply(variables, batch, train=True, key=key))
+    assert np.abs(one - still).max() > 1e-3
+    assert np.abs(one - two).max() > 1e-3
+
+
+def test_dropout_differs_by_layer_and_module(folders):
+    """A module's draw is its own, in every layer of a scanned stack."""
+    seen = []
+
+    def hook(module, call, *args):
+        if peft.path_of(module).endswith(("query", "value")):
+            keep = peft.dropout(module, jnp.ones((64,)), 0.5)
+            jax.debug.callback(lambda k: seen.append(tuple(np.asarray(k))), keep)
+        return call(*args)
+
+    fitted = tiny.Fitted(folders["bert"], ("linear_probe",))
+    spy = peft.Method("spy", lambda path: None, hook)
+    apply = peft.attach((spy,), fitted.model).apply
+    apply(fitted.variables, tiny.batch(), train=True, key=jax.random.key(0))
+    jax.effects_barrier()
+    assert len(seen) == len(set(seen)) == 6
+
+
+@pytest.mark.parametrize("alpha, rslora, scale", [(7.0, False, 7 / 4), (7.0, True, 7 / 2)])
+def test_lora_scale(folders, alpha, rslora, scale):
+    group = {"rank": 4, "alpha": alpha, "rslora": rslora}
+    fitted = tiny.Fitted(folders["bert"], ("lora",), {"lora": group})
+    constant = fitted.variables["peft_const"]["layers"]["attention"]["query"]["lora_scale"]
+    np.testing.assert_allclose(constant, np.full((3, 4), scale), rtol=1e-6)
+
+
+def test_lora_start(folders):
+    """A is uniform in ±1/sqrt(in), B zero; the whole tree of what is added."""
+    fitted = tiny.Fitted(
+        folders["bert"], ("lora",), {"lora": {"rank": 300, "targets": ("mlp.down",)}}
+    )
+    assert tree.describe(fitted.variables["peft"]) == [
+        ("layers/mlp/down/lora_a", (3, 40, 300), "float32"),
+        ("layers/mlp/down/lora_b", (3, 300, 24), "float32"),
+    ]
+    a = np.asarray(fitted.variables["peft"]["layers"]["mlp"]["down"]["lora_a"])
+    bound = 40**-0.5
+    assert np.abs(a).max() <= bound
+    assert abs(a.std() - bound / 3**0.5) < 0.01 * bound
+    assert abs(np.corrcoef(a[0].ravel(), a[1].ravel())[0, 1]) < 0.05  # layers are drawn apart
+
+
+def test_layers_that_are_no_target_stay(folders):
+    group = {"rank": 2, "alpha": 5.0, "layers_to_transform": (1,), "bias": "lora_only"}
+    fitted = tiny.Fitted(folders["bert"], ("lora",), {"lora": group})
+    path = "params/layers/attention/query/bias"
+    assert peft.moving_rows(fitted.methods, path).tolist() == [False, True, False]
+    assert peft.moving_rows(fitted.methods, "params/classifier/out/bias") is None
+
+
+def test_two_methods_that_claim_a_leaf_are_refused(folders):
+    with pytest.raises(Mistake, match="moved both as 'bitfit' and as 'adapter'"):
+        tiny.Fitted(folders["bert"], ("bitfit", "adapter"), {"adapter": {"kind": "houlsby"}})
+
+
+def test_head_label_wins_where_it_was_asked_for(folders):
+    fitted = tiny.Fitted(folders["bert"], ("full",))
+    paths = ["params/classifier/out/bias", "params/pooler/bias", "params/layers/mlp/up/bias"]
+    claims = peft.claims(fitted.methods, paths, heads=("classifier",), head_label=True)
+    assert claims == dict(zip(paths, ("head", "full", "full"), strict=True))
+
+
+def test_fresh_leaves_never_stay_behind(folders):
+    fitted = tiny.Fitted(folders["bert"], ("linear_probe",))
+    paths = ["params/pooler/kernel", "params/layers/mlp/up/kernel"]
+    claims = peft.claims(fitted.methods, paths, heads=("classifier",), fresh=("pooler/kernel",))
+    assert claims == {"params/pooler/kernel": "head"}
+
+
+def test_bfloat16_base_with_float32_leaves(folders):
+    fitted = tiny.Fitted(folders["bert"], ("lora",), {"lora": {"rank": 3}}, dtype=jnp.bfloat16)
+    low = tree.map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16) if path.startswith("params/") else x,
+        fitted.variables,
+    )
+    out = fitted.apply(low, tiny.batch())
+    full = tiny.Fitted(folders["bert"], ("lora",), {"lora": {"rank": 3}})
+    assert out.dtype == jnp.float32
+    want = full.apply(full.variables, tiny.batch())
+    assert 0 < np.abs(out - want).max() < 0.05 * np.abs(want).max() + 0.05
+
+
+BAD = [
+    (("lora",), {"rank": 0}, "rank is 0"),
+    (("lora",), {"alpha": 0.0}, "alpha is 0.0"),
+    (("lora",), {"dropout": 1.0}, "dropout is 1.0"),
+    (("lora",), {"bias": "lora"}, "did you mean 'lora_only'"),
+    (("lora",), {"targets": ("quary",)}, "did you mean 'query'"),
+    (("lora",), {"targets": ("query", "valeu")}, "did you mean 'value'"),
+    (("lora",), {"targets": ("re:[",)}, "regular expression"),
+    (("lora",), {"targets": ("classifier",)}, "matches no module"),
+    (("lora",), {"layers_to_transform": (3,)}, "no layer 3"),
+    (("lora",), {"layers_to_transform": (0,), "targets": ("pooler.dense",)}, "match nothing"),
+    (("lora",), {"rank_pattern": ("query",)}, "not of the form"),
+    (("lora",), {"rank_pattern": ("query=0",)}, "not of the form"),
+    (("lora",), {"rank_pattern": ("qury=2",)}, "matches no target"),
+    (("lora",), {"modules_to_save": ("poler",)}, "did you mean 'pooler'"),
+    (("adapter",), {"kind": "housby"}, "did you mean 'houlsby'"),
+    (("adapter",), {"reduction": 0}, "reduction is 0"),
+    (("adapter",), {"nonlinearity": "rely"}, "did you mean 'relu'"),
+    (("adapter",), {"init": "berta"}, "did you mean 'bert'"),
+    (("bitfit",), {"variant": "query_inter"}, "did you mean 'query_intermediate'"),
+    (("lara",), {}, "did you mean 'lora'"),
+    (("lora", "lora"), {}, "twice"),
+    ((), {}, "empty"),
+]
+
+
+@pytest.mark.parametrize("methods, group, says", BAD)
+def test_what_is_refused(folders, methods, group, says):
+    with pytest.raises(Mistake) as refused:
+        tiny.Fitted(folders["bert"], methods, {methods[-1]: group} if methods else {})
+    assert says in str(refused.value)
