@@ -1,0 +1,47 @@
+"""Tasks: what an example's loss is, how a split is measured, what a prediction looks like.
+
+One file a task, found by its name; a file with a function `make` is one.
+"""
+
+import importlib
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bmft.errors import Mistake, nearest
+
+
+class Task(NamedTuple):
+    """Pure functions and facts, made by make(tables, **the task's own config group).
+
+    forward(batch, *, train) -> logits float32 [R, K, num_outputs] is the model with its variables
+    bound; batch is what `bmft.data.batches` makes. n is the number of examples of a split.
+    """
+
+    name: str
+    labels: tuple | None  # names of the classes in the order of the logits; None: a regression
+    num_outputs: int
+    heads: tuple  # globs of the parameters that the task owns
+    metric: tuple  # (name, "max" or "min"): what the best checkpoint is best in
+    directions: dict  # {metric: "max" or "min"}: all there are
+    targets: Callable[[Any], Any]  # Table -> int32 or float32 [n], None if it is unlabelled
+    loss: Callable[..., Any]  # (forward, batch, key) -> (sum, weight), {name: sum}
+    outputs: Callable[..., dict]  # (forward, batch) -> {name: [R, K, ...]}
+    metrics: Callable[..., dict]  # (outputs {name: numpy [n, ...]}, targets) -> {metric: float}
+    decode: Callable[[dict], list]  # outputs {name: numpy [n, ...]} -> a dict an example
+
+
+def get(name):
+    """The module of the task `name`, with its `make`. Raises Mistake for an unknown one."""
+    if name not in names():
+        raise Mistake(f"task.name={name!r}; {nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def names():
+    """Names of all tasks."""
+    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return [
+        file.stem for file in files if re.search(r"^def make\(", file.read_text(), re.MULTILINE)
+    ]

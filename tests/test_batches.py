@@ -1,0 +1,198 @@
+"""Batches: what lies where, the same on any host and after any interruption."""
+
+import numpy as np
+import pytest
+
+from bmft.data.batches import Batches, row_length
+from bmft.data.text import Encoded
+from bmft.errors import Mistake
+
+N, T = 107, 40
+
+
+def encoded(n=N, seed=0):
+    """Random examples in which every token id occurs once, so that a misplaced one shows."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 23, n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(1000, 1000 + offsets[-1], dtype=np.int32)
+    return Encoded(tokens, (tokens % 2).astype(np.uint8), offsets, 0)
+
+
+def labels(n=N):
+    return np.random.default_rng(1).integers(0, 5, n)
+
+
+def batches(**changes):
+    settings = {"batch_size": 10, "row_length": T, "seed": 3, "shuffle": True} | changes
+    return Batches(encoded(), labels(), **settings)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_everything_of_an_example_lies_at_its_place(shuffle):
+    examples, classes = encoded(), labels()
+    found, seen = batches(shuffle=shuffle), []
+    assert len(found) == 11
+    for batch in found:
+        covered = np.zeros_like(batch["segments"], bool)
+        for row, slot in zip(*np.nonzero(batch["index"] >= 0), strict=True):
+            i = batch["index"][row, slot]
+            own = slice(*examples.offsets[i : i + 2])
+            (columns,) = np.nonzero(batch["segments"][row] == slot + 1)
+            assert columns[0] == batch["first"][row, slot]
+            assert np.array_equal(columns, columns[0] + np.arange(len(columns)))
+            assert np.array_equal(batch["input_ids"][row, columns], examples.tokens[own])
+            assert np.array_equal(batch["token_types"][row, columns], examples.types[own])
+            assert np.array_equal(batch["positions"][row, columns], np.arange(len(columns)))
+            assert batch["labels"][row, slot] == classes[i]
+            assert batch["weights"][row, slot] == 1
+            covered[row, columns] = True
+            seen.append(i)
+        empty = batch["index"] < 0
+        for name in ("first", "labels", "weights"):
+            assert not batch[name][empty].any()
+        for name in ("input_ids", "segments", "positions", "token_types"):
+            assert not batch[name][~covered].any()
+    assert sorted(seen) == list(range(N))
+
+
+def test_shapes_and_types():
+    batch = batches(rows_multiple=4).at(0)
+    rows, slots = batch["index"].shape
+    assert rows % 4 == 0
+    for name in ("input_ids", "segments", "positions", "token_types"):
+        assert (batch[name].shape, batch[name].dtype) == ((rows, T), np.int32)
+    for name in ("first", "labels", "index"):
+        assert (batch[name].shape, batch[name].dtype) == ((rows, slots), np.int32)
+    assert (batch["weights"].shape, batch["weights"].dtype) == ((rows, slots), np.float32)
+
+
+def test_labels_may_be_numbers_or_absent():
+    scores = np.linspace(0, 5, N)
+    batch = Batches(encoded(), scores, batch_size=10, row_length=T).at(2)
+    real = batch["index"] >= 0
+    assert batch["labels"].dtype == np.float32
+    assert np.array_equal(batch["labels"][real], scores[batch["index"][real]].astype(np.float32))
+    batch = Batches(encoded(), batch_size=10, row_length=T).at(2)
+    assert batch["labels"].dtype == np.int32
+    assert not batch["labels"].any()
+    assert np.array_equal(batch["weights"], (batch["index"] >= 0).astype(np.float32))
+
+
+def test_a_batch_depends_on_the_step_alone():
+    in_order, jumping = batches(), batches()
+    expected = [in_order.at(step) for step in range(40)]
+    for step in (39, 3, 12, 11, 38, 0, 25):
+        assert equal(jumping.at(step), expected[step])
+        assert equal(batches().at(step), expected[step])  # nothing asked of it before
+    assert not equal(batches(seed=4).at(0), expected[0])
+
+
+def test_every_epoch_holds_every_example_once_in_another_order():
+    found = batches()
+    epochs = []
+    for epoch in range(3):
+        index = [found.at(epoch * 11 + step)["index"] for step in range(11)]
+        epochs.append(np.concatenate([i[i >= 0] for i in index]))
+        assert sorted(epochs[-1]) == list(range(N))
+        assert sum((index[-1] >= 0).ravel()) == 7  # the last, partial one
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_shapes_stay_over_the_epochs():
+    found = batches()
+    shapes = {found.at(step)["index"].shape for step in range(0, 11 * 30, 7)}
+    assert len({slots for _, slots in shapes}) == 1
+    assert len(shapes) <= 2  # a later epoch may need one row more
+
+
+def test_without_shuffling_every_epoch_is_the_same():
+    found = batches(shuffle=False)
+    assert equal(found.at(2), found.at(2 + len(found)))
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_hosts_hold_the_rows_of_one_batch_in_turn(hosts):
+    whole = batches(rows_multiple=6)
+    shares = [batches(rows_multiple=6, hosts=(host, hosts)) for host in range(hosts)]
+    for step in (0, 10, 17):  # the last of an epoch, whose last rows are empty, among them
+        parts = [share.at(step) for share in shares]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        assert equal(joined, whole.at(step))
+
+
+def test_the_number_of_devices_adds_empty_rows_and_nothing_else():
+    few, many = batches(rows_multiple=1).at(5), batches(rows_multiple=8).at(5)
+    rows = len(few["index"])
+    assert len(many["index"]) % 8 == 0
+    assert equal(few, {name: array[:rows] for name, array in many.items()})
+    assert not many["weights"][rows:].any()
+    assert (many["index"][rows:] == -1).all()
+
+
+def test_figures_for_the_report():
+    found = batches(rows_multiple=4)
+    real = [(batch["segments"] > 0).sum() for batch in found]
+    places = [batch["segments"].size for batch in found]
+    assert found.examples == N
+    assert found.steps_per_epoch == len(found) == 11
+    assert found.tokens_per_step == pytest.approx(np.mean(real))
+    assert found.padding_share == pytest.approx(1 - sum(real) / sum(places))
+
+
+def test_put_is_applied():
+    found = batches(put=lambda arrays: sorted(arrays))
+    assert found.at(0) == sorted(batches().at(0))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="labels"):
+        Batches(encoded(), labels(N - 1), batch_size=10, row_length=T)
+    with pytest.raises(ValueError, match="hosts"):
+        batches(rows_multiple=3, hosts=(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "longest", "platform", "expected"),
+    [
+        (None, 5, "cpu", 64),
+        (None, 64, "cpu", 64),
+        (None, 65, "cpu", 96),
+        (None, 97, "cpu", 128),
+        (None, 5, "tpu", 128),
+        (None, 129, "gpu", 256),
+        (70, 70, "cpu", 70),
+    ],
+)
+def test_row_length(value, longest, platform, expected):
+    assert row_length(value, longest, platform) == expected
+
+
+def test_row_length_by_the_data():
+    """Rows are rounded up to the devices: some lengths waste a row of few, others do not."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.gamma(1.5, 6.9, 8000) + 3, 3, 64).astype(int)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.ones(offsets[-1], np.int32)
+    examples = Encoded(tokens, tokens.astype(np.uint8), offsets, 0)
+
+    def padding(tokens):
+        settings = {"batch_size": 32, "shuffle": True, "rows_multiple": 2}
+        return Batches(examples, row_length=tokens, **settings).padding_share
+
+    settings = {"lengths": lengths, "batch_size": 32, "rows_multiple": 2}
+    chosen = row_length(None, 64, "cpu", **settings)
+    assert chosen % 16 == 0
+    assert padding(chosen) < 0.10 < padding(64)
+    assert row_length(80, 64, "cpu", **settings) == 80
+    assert row_length(None, 64, "tpu", **settings) == 128
+    assert row_length(None, 300, "cpu", **settings) == 320
+
+
+def test_a_row_shorter_than_an_example_is_the_users_mistake():
+    with pytest.raises(Mistake, match=r"data\.row_length=64 .* 71 tokens"):
+        row_length(64, 71, "cpu")
