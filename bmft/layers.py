@@ -36,6 +36,46 @@ ACTIVATIONS = {
 }
 
 
+def scan_layers(block, x, broadcast, *, depth, unroll=1, remat=False, frozen_below=0):
+    """x after `depth` layers of `block(x, broadcast) -> x`, one stacked tree and one compiled body.
+
+    frozen_below: below this layer nothing moves: the stack is scanned in two pieces, and no
+    gradient is computed through the first. The tree is the same whatever the pieces.
+    """
+
+    def layer(block, x, broadcast):
+        return block(x, broadcast), None
+
+    def stack(block, x, length):
+        scan = nn.scan(
+            nn.remat(layer, prevent_cse=False) if remat else layer,
+            variable_axes=STACKED,
+            split_rngs=STREAMS,
+            in_axes=nn.broadcast,
+            length=length,
+            unroll=min(unroll, length),
+        )
+        return scan(block, x, broadcast)[0]
+
+    def piece(x, start, end):
+        cut = nn.map_variables(
+            lambda block, x: stack(block, x, end - start),
+            list(STACKED),
+            trans_in_fn=lambda tree: jax.tree.map(lambda leaf: leaf[start:end], tree),
+            mutable=False,
+        )
+        return cut(block, x)
+
+    if (
+        not frozen_below
+        or block.is_mutable_collection("params")
+        or block.is_mutable_collection("peft")
+    ):
+        return stack(block, x, depth)
+    x = jax.lax.stop_gradient(piece(x, 0, frozen_below))
+    return piece(x, frozen_below, depth) if frozen_below < depth else x
+
+
 def param(module, name, init, shape):
     """A base parameter. Unlike `module.param` it may be asked for twice in one call of a module,
     so that a hook may call on twice (Pfeiffer's adapter reads a norm that is applied again)."""

@@ -148,7 +148,8 @@ def test_dropout_is_drawn_in_training_only(folders):
     assert np.abs(one - two).max() > 1e-3
 
 
-def test_dropout_differs_by_layer_and_module(folders):
+@pytest.mark.parametrize("below", [0, 1])
+def test_dropout_differs_by_layer_and_module(folders, below):
     """A module's draw is its own, in every layer of a scanned stack."""
     seen = []
 
@@ -160,10 +161,39 @@ def test_dropout_differs_by_layer_and_module(folders):
 
     fitted = tiny.Fitted(folders["bert"], ("linear_probe",))
     spy = peft.Method("spy", lambda path: None, hook)
-    apply = peft.attach((spy,), fitted.model).apply
+    model = fitted.model._replace(module=fitted.model.module.clone(frozen_below=below))
+    apply = peft.attach((spy,), model).apply
     apply(fitted.variables, tiny.batch(), train=True, key=jax.random.key(0))
     jax.effects_barrier()
     assert len(seen) == len(set(seen)) == 6
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_nothing_is_differentiated_below_the_lowest_moving_layer(folders, unroll):
+    """The stack in two pieces: the same outputs and gradients for fewer operations."""
+    group = {"rank": 2, "alpha": 5.0, "layers_to_transform": (2,), "dropout": 0.2}
+    whole = tiny.Fitted(folders["bert"], ("lora",), {"lora": group}, unroll=unroll)
+    assert peft.lowest_moving_layer(whole.methods, whole.claims, 3) == 2
+    model = whole.model._replace(module=whole.model.module.clone(frozen_below=2))
+    apply = peft.attach(whole.methods, model).apply
+    moving = tree.map_with_path(lambda p, x: x + 0.1 * p.endswith("lora_b"), whole.moving)
+
+    def gradient(apply):
+        def objective(moving):
+            still = lambda variables, batch, **_: apply(variables, batch)  # noqa: E731 - no dropout
+            (total, _), _ = tiny.loss(train.bind(still, moving, whole.frozen), tiny.batch(), None)
+            return total
+
+        return jax.jit(jax.value_and_grad(objective)).lower(moving).compile()
+
+    whole_grad, pieces_grad = gradient(whole.apply), gradient(apply)
+    for one, other in zip(
+        jax.tree.leaves(whole_grad(moving)), jax.tree.leaves(pieces_grad(moving)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    if unroll == 3:  # XLA counts the body of a loop once
+        counts = [g.cost_analysis()["flops"] for g in (pieces_grad, whole_grad)]
+        assert counts[0] < 0.75 * counts[1]
 
 
 @pytest.mark.parametrize("alpha, rslora, scale", [(7.0, False, 7 / 4), (7.0, True, 7 / 2)])

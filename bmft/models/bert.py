@@ -70,6 +70,7 @@ class Classifier(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    frozen_below: int = 0  # the lowest layer in which something moves; see bmft.layers.scan_layers
 
     @nn.compact
     def __call__(self, batch, train=False):
@@ -79,16 +80,15 @@ class Classifier(nn.Module):
         )
         segments = batch["segments"]
         mask_b1ts = segments[:, None, :, None] == segments[:, None, None, :]
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "block" else Block
-        stack = nn.scan(
-            block,
-            variable_axes=layers.STACKED,
-            split_rngs=layers.STREAMS,
-            in_axes=nn.broadcast,
-            length=c.depth,
+        x_btd = layers.scan_layers(
+            Block(c, train, self.dtype, name="layers"),
+            x_btd,
+            mask_b1ts,
+            depth=c.depth,
             unroll=self.unroll,
+            remat=self.remat == "block",
+            frozen_below=self.frozen_below,
         )
-        x_btd, _ = stack(c, train, self.dtype, name="layers")(x_btd, mask_b1ts)
         x_bed = jnp.take_along_axis(x_btd, batch["first"][..., None], axis=1)
         if c.family == "bert":
             x_bed = jnp.tanh(layers.Dense(c.width, self.dtype, name="pooler")(x_bed))
@@ -132,7 +132,7 @@ class Block(nn.Module):
             h = drop(h)
         x = layers.Residual(c.eps, self.dtype, name="attention_norm")(h, x)
         h = drop(layers.MLP(c.mlp_width, c.activation, self.dtype, name="mlp")(x))
-        return layers.Residual(c.eps, self.dtype, name="mlp_norm")(h, x), None
+        return layers.Residual(c.eps, self.dtype, name="mlp_norm")(h, x)
 
 
 class Head(nn.Module):

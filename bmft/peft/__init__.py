@@ -203,3 +203,17 @@ def moving_rows(methods, path):
     masks = [method.rows(path) for method in methods if method.rows and method.moves(path)]
     masks = [mask for mask in masks if mask is not None]
     return masks[0] if masks else None
+
+
+def lowest_moving_layer(methods, paths, depth):
+    """The lowest layer in which one of the moving leaves at `paths` lies: `depth` if it is none,
+    0 if one of them comes before the stack."""
+    lowest = depth
+    for path in paths:
+        _, _, where = path.partition("/")
+        if where.startswith("embeddings/"):
+            return 0
+        if where.startswith("layers/"):
+            mask = moving_rows(methods, path)
+            lowest = min(lowest, 0 if mask is None else int(mask.argmax()))
+    return lowest

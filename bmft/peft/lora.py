@@ -76,7 +76,9 @@ def make(
         return "lora" if biased or base in saved else None
 
     def rows(path):
-        module, _, leaf = path.removeprefix("params/").rpartition("/")
+        module, _, leaf = path.partition("/")[2].rpartition("/")
+        if path.startswith("peft/"):
+            return None if sites[module].all() else sites[module]
         if leaf == "bias" and bias == "all":
             return None
         masks = [whole.get(module)]
