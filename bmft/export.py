@@ -1,0 +1,124 @@
+"""What a finished run leaves for others: adapter/ and model/, written whole or not at all.
+
+It takes functions and trees: which methods there are, and how their files look, is theirs to say.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from bmft import tree
+from bmft.errors import Mistake
+
+# Keys of config.json that speak of where the base came from, or of the precision it was kept in.
+OF_THE_BASE = ("_name_or_path", "torch_dtype", "transformers_version")
+
+
+def adapter(folder, write, tokenizer=None):
+    """An adapter directory: `write(folder)` writes the adapter, the tokenizer lies beside it."""
+    with whole(folder) as partial:
+        write(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def merged(folder, *, load, merge, moving, frozen, names, settings, labels, tokenizer=None):
+    """A directory that transformers loads: the methods folded into plain weights, float32.
+
+    load() -> the base tree in float32, read again from its file, since frozen leaves may be in a
+    lower precision; merge(params, added) -> params, the methods'; moving, frozen: trees of
+    variables, whole on this host; names: the model's names table; settings: its config.json;
+    labels: names of the outputs, None for regression. Raises Mistake for a method that cannot be
+    merged.
+    """
+    params = {path: np.asarray(leaf, np.float32) for path, leaf in tree.flatten(load()).items()}
+    for path, leaf in tree.flatten(moving.get("params", {})).items():
+        params[path] = np.asarray(leaf, np.float32)
+    added = {"peft": moving.get("peft", {}), "peft_const": frozen.get("peft_const", {})}
+    added = tree.map_with_path(lambda path, leaf: np.asarray(leaf), added)
+    added = {"peft": {}, "peft_const": {}} | added
+    params = tree.flatten(merge(tree.unflatten(params), added))
+    with whole(folder) as partial:
+        save_file(_tensors(names, params), partial / "model.safetensors", {"format": "pt"})
+        text = json.dumps(_config(settings, labels), indent=2, sort_keys=True) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _tensors(names, params):
+    """{name in the file: tensor in torch's layout} of a base tree."""
+    tensors = {}
+    for leaf in names.leaves:
+        for layer in names.layers_of(leaf.path):
+            array = np.asarray(params[leaf.path], np.float32)
+            array = array if layer is None else array[layer]
+            array = array.T if leaf.layout == "transpose" else array
+            tensors[names.full(leaf).format(layer)] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _config(settings, labels):
+    """config.json of a sequence classifier with these labels."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
+    )
+
+    written = list(labels) if labels is not None else ["LABEL_0"]
+    kept = {key: value for key, value in settings.items() if key not in OF_THE_BASE}
+    return kept | {
+        "architectures": [CLASSES[settings["model_type"]]],
+        "dtype": "float32",
+        "num_labels": len(written),
+        "id2label": {str(i): label for i, label in enumerate(written)},
+        "label2id": {label: i for i, label in enumerate(written)},
+        "problem_type": "regression" if labels is None else "single_label_classification",
+    }
+
+
+@contextlib.contextmanager
+def whole(folder):
+    """A folder to write into, which becomes `folder` when all is written.
+
+    What lies in `folder` already and is not written anew stays. A process killed at any moment
+    leaves the old folder or the new one, at worst under the name `.<folder>.old`, from where the
+    next call brings it back.
+    """
+    folder = Path(folder).absolute()
+    partial, old = (folder.parent / f".{folder.name}.{end}" for end in ("partial", "old"))
+    try:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            _carry_over(folder, partial)
+            os.rename(folder, old)
+        os.rename(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise Mistake(f"cannot write {folder}: {getattr(error, 'strerror', 0) or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _carry_over(folder, partial):
+    """Copies what `folder` has and `partial` has not."""
+    for path in sorted(folder.iterdir()):
+        new = partial / path.name
+        if path.is_dir() and not path.is_symlink():
+            if new.is_dir():
+                _carry_over(path, new)
+            elif not new.exists():
+                shutil.copytree(path, new, symlinks=True)
+        elif not new.exists():
+            shutil.copy2(path, new, follow_symlinks=False)

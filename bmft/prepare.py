@@ -1,0 +1,237 @@
+"""What stands between a config and the loop: key groups, batches, a model with methods in it.
+
+tables -> task -> model -> methods -> fit(...)          see experiments/glue_lora.py
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bmft import evaluate, export, models, optim, peft, sharding, tasks, train, tree
+from bmft.config import signature
+from bmft.data import text
+from bmft.data.batches import Batches, row_length
+from bmft.errors import Mistake, nearest
+from bmft.models import weights
+from bmft.peft import files
+
+# What every method's group takes beside its make's arguments; None: optim's.
+OPTIMIZER_KEYS = {"learning_rate": (float | None, None), "weight_decay": (float | None, None)}
+
+
+def groups(config):
+    """Keys a config takes beside the common ones: those of its methods and its task."""
+    methods = {f"peft.{name}": signature(peft.get(name)) for name in config.peft.methods}
+    methods = {group: keys | OPTIMIZER_KEYS for group, keys in methods.items()}
+    return methods | {"task": signature(tasks.get(config.task.name).make)}
+
+
+def find_task(config, tables):
+    """The `Task` of a config for `{split: Table}`."""
+    make = tasks.get(config.task.name).make
+    return make(tables, **{key: config.task[key] for key in signature(make)})
+
+
+def find_model(config, outputs):
+    """The `Model` of a config, in its compute dtype: bfloat16 unless on CPU or told otherwise."""
+    dtype = config.model.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return models.find(
+        config.model.name,
+        outputs=outputs,
+        dtype=jnp.dtype(dtype),
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+    )
+
+
+def find_metric(config, task):
+    """(name, "max" or "min") of what the best checkpoint is best in: eval.metric, or the task's."""
+    name = config.eval.metric or task.metric[0]
+    if name not in task.directions:
+        raise Mistake(f"eval.metric={name!r}; {nearest(name, task.directions)}")
+    return name, task.directions[name]
+
+
+def find_methods(config, model):
+    """The `Method`s of a config."""
+    chosen = config.peft.methods
+    return peft.build(model, chosen, {name: dict(config.peft[name]) for name in chosen})
+
+
+# --- what is left behind ---------------------------------------------------------------------
+
+
+def exports_missing(config, folder):
+    """Whether a finished run lacks something that export asks for now."""
+    wanted = {"adapter": config.export.adapter, "model": config.export.merged}
+    return any(asked and not (folder / name).is_dir() for name, asked in wanted.items())
+
+
+def write_exports(config, folder, model, methods, state, frozen, *, labels, fingerprint):
+    """adapter/ and, if asked for, model/ in a run directory, each with the tokenizer."""
+    moving = evaluate.gather(state.moving)
+    constants = evaluate.gather({name: frozen[name] for name in frozen if name != "params"})
+    if jax.process_index() != 0:
+        return
+    tokenizer = models.tokenizer(model)
+    if config.export.adapter:
+        groups = {name: dict(config.peft[name]) for name in config.peft.methods}
+
+        def write(partial):
+            files.write(
+                partial, methods, groups, model, moving, constants,
+                base=models.hub_id(model.name), fingerprint=fingerprint, labels=labels,
+            )  # fmt: skip
+
+        export.adapter(folder / "adapter", write, tokenizer)
+    if config.export.merged:
+        export.merged(
+            folder / "model",
+            load=lambda: weights.load(model, jax.random.key(0)).params,
+            merge=lambda params, added: peft.merge(methods, params, added),
+            moving=moving,
+            frozen=constants,
+            names=model.names,
+            settings=model.json,
+            labels=labels,
+            tokenizer=tokenizer,
+        )
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def batches(config, model, task, tables, mesh):
+    """{split: Batches}: shuffled and in parts for train, in order for the others."""
+    limit = model.config.max_length
+    if config.data.max_length > limit:
+        raise Mistake(
+            f"data.max_length={config.data.max_length}: {model.name} has {limit} positions"
+        )
+    cache = text.cache_directory(config.data.cache)
+    tokenizer = models.tokenizer(model)
+    encoded = {
+        split: text.encode(table, tokenizer, config.data.max_length, cache)
+        for split, table in tables.items()
+    }
+    rows = sharding.rows(mesh)
+    length = row_length(
+        config.data.row_length,
+        max(split.longest for split in encoded.values()),
+        jax.default_backend(),
+        lengths=encoded["train"].lengths,
+        batch_size=config.train.batch_size,
+        rows_multiple=rows * config.train.accumulate,
+    )
+
+    def of(split):
+        training = split == "train"
+        return Batches(
+            encoded[split],
+            task.targets(tables[split]),
+            batch_size=config.train.batch_size if training else config.eval.batch_size,
+            row_length=length,
+            seed=config.seed,
+            shuffle=training,
+            rows_multiple=rows * (config.train.accumulate if training else 1),
+            put=sharding.put_batch(mesh),
+            hosts=(jax.process_index(), jax.process_count()),
+        )
+
+    found = {split: of(split) for split in tables}
+    for split, table in tables.items():
+        cut = encoded[split].truncated
+        notes = [*table.notes, *[f"{cut} cut to {config.data.max_length} tokens"] * bool(cut)]
+        print(f"{split}: {table.size:,} examples" + "".join(f"; {note}" for note in notes))
+    train_batches = found["train"]
+    print(
+        f"rows of {length} tokens, {train_batches.padding_share:.1%} padding, "
+        f"{train_batches.steps_per_epoch:,} steps an epoch"
+    )
+    return found
+
+
+# --- model -----------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """A model with methods in it, ready to train."""
+
+    apply: Callable  # of bmft.peft.attach
+    state: train.State
+    frozen: Any
+    tx: optax.GradientTransformation
+    labels: dict  # {path: optimizer label} of the moving leaves
+    rate: Callable  # step -> learning rate, of the first method that moves anything
+    rows: list  # of the table that log.show_leaves prints
+    loaded: weights.Loaded
+
+
+def fit(config, model, methods, mesh, steps):
+    """Load the base, add the methods' leaves, decide what moves: a `Fit` for `steps` steps.
+
+    Raises Mistake where a method claims nothing, or the adapted model differs from the base by
+    more than the methods declare.
+    """
+    key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
+    whole = sharding.replicated(mesh)
+    may_move = (*model.heads, *weights.FRESH)
+
+    def dtype(path):
+        moves = any(method.moves(f"params/{path}") for method in methods)
+        return jnp.float32 if moves or tree.under(path, may_move) else model.module.dtype
+
+    loaded = weights.load(model, key, dtype=dtype, sharding=sharding.of_leaf(mesh, model.sharding))
+    add = peft.attach(methods, model).add
+    added = jax.jit(add, out_shardings=whole)(add_key, loaded.params)
+    variables = {"params": loaded.params, **added}
+    labels = peft.claims(
+        methods,
+        [path for path in tree.flatten(variables) if not path.startswith("peft_const/")],
+        heads=model.heads,
+        fresh=loaded.fresh,
+        head_label=config.optim.head_learning_rate is not None,
+    )
+    below = peft.lowest_moving_layer(methods, labels, model.names.layers)
+    module = model.module.clone(frozen_below=below)
+    apply = peft.attach(methods, model._replace(module=module)).apply
+    moving, frozen = tree.split(variables, lambda path: path in labels)
+    masks = {path: peft.moving_rows(methods, path) for path in labels}
+    masks = {path: mask for path, mask in masks.items() if mask is not None}
+    tx, schedules = optim.make(config, labels, steps, masks)
+    _check_identity(apply, moving, frozen, model, methods)
+    state = train.init_state(moving, tx, state_key)
+    state = jax.device_put(state, train.shardings(state, whole))
+    rows = _table(variables, labels)
+    first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
+    return Fit(apply, state, frozen, tx, labels, schedules[first], rows, loaded)
+
+
+def _check_identity(apply, moving, frozen, model, methods):
+    allowed = max(method.identity for method in methods)
+    found = evaluate.compare_with_base(apply, moving, frozen, model.dummy)
+    if not found <= allowed:
+        names = ", ".join(method.name for method in methods)
+        raise Mistake(
+            f"before the first step, {names} changes the outputs by {found:.3g} of their size; "
+            f"{allowed:g} is declared"
+        )
+
+
+def _table(variables, labels):
+    """Rows of the start table: a moving leaf each, and all that is frozen in one."""
+    leaves = tree.flatten(variables)
+    rows = []
+    for path, label in sorted(labels.items()):
+        leaf = leaves[path]
+        status = "moved" if path.startswith("params/") else "added"
+        rows.append((path, leaf.shape, leaf.dtype, status, label, leaf.size))
+    frozen = [leaf for path, leaf in leaves.items() if path not in labels]
+    if frozen:
+        dtypes = "/".join(sorted({str(leaf.dtype) for leaf in frozen}))
+        total = sum(leaf.size for leaf in frozen)
+        rows.append(("frozen", None, dtypes, "frozen total", None, total))
+    return rows

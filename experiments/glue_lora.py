@@ -1,0 +1,108 @@
+"""Fine-tune a text classifier with LoRA, or with any other method, on tweets, GLUE or your file.
+
+    ./run.sh experiments/glue_lora.py
+    ./run.sh experiments/glue_lora.py --config=configs/glue_lora.py:sst2 --config.data.dir=DIR
+    ./run.sh experiments/glue_lora.py --config.peft.methods=bitfit --config.seed=1
+
+Settings, hardware, time and expected score: configs/glue_lora.py. Fork this file for another
+experiment: everything a run does is in `main`, from top to bottom.
+"""
+
+import os
+
+from bmft import errors, evaluate, log, loop, prepare, sharding, train, tree
+from bmft.config import read
+from bmft.data import glue, sources
+from bmft.models import weights
+from bmft.progress import total_steps
+from bmft.run import default_workdir, open_run
+
+NAME = "glue_lora"
+
+
+def main(argv):
+    settings = read(argv, default="configs/glue_lora.py", groups=prepare.groups)
+    config = settings.config
+    sharding.use_all_cores(os.cpu_count())
+    mesh = sharding.mesh(config)
+
+    # What to learn, and from which pretrained model. Nothing heavy is read yet.
+    tables = sources.load(config.data)
+    task = prepare.find_task(config, tables)
+    model = prepare.find_model(config, task.num_outputs)
+    methods = prepare.find_methods(config, model)
+    base = weights.fingerprint(model)
+
+    workdir = settings.workdir or default_workdir(NAME, settings.variant, settings.overrides)
+    run = open_run(config, workdir, NAME, base)
+    if run.finished and not prepare.exports_missing(config, run.path):
+        return
+
+    # Text becomes packed rows; the base is loaded, and what the methods add is put beside it.
+    batches = prepare.batches(config, model, task, tables, mesh)
+    steps = total_steps(config, batches["train"].steps_per_epoch)
+    fit = prepare.fit(config, model, methods, mesh, steps)
+    log.show_leaves(fit.rows)
+
+    outputs_of = evaluate.make_outputs(fit.apply, task.outputs)
+
+    def assess(state, frozen, split, stop):
+        outputs = evaluate.over_split(outputs_of, state.moving, frozen, batches[split], stop)
+        return None if outputs is None else task.metrics(outputs, task.targets(tables[split]))
+
+    def leave(state):
+        prepare.write_exports(
+            config,
+            run.path,
+            model,
+            methods,
+            state,
+            fit.frozen,
+            labels=task.labels,
+            fingerprint=base,
+        )
+
+    if run.finished:
+        state, _ = loop.exported(config, run, fit.state, fingerprint=base)
+        leave(state)
+        return
+
+    outcome = loop.run(
+        config,
+        run,
+        state=fit.state,
+        frozen=fit.frozen,
+        step=train.make_step(
+            fit.apply, task.loss, fit.tx, accumulate=config.train.accumulate, rate=fit.rate
+        ),
+        batches=batches["train"],
+        evaluate=assess,
+        metric=prepare.find_metric(config, task),
+        fingerprint=base,
+        labels=fit.labels,
+        splits=[split for split in tables if split != "train" and tables[split].labels],
+    )
+
+    leave(outcome.state)
+    for split, table in tables.items():
+        if table.labels is None and table.glue:
+            outputs = evaluate.over_split(
+                outputs_of, outcome.state.moving, fit.frozen, batches[split]
+            )
+            print(
+                "wrote", glue.write_submission(run.path / "submission", table.glue, split, outputs)
+            )
+    moving = tree.count(outcome.state.moving)
+    run.finish(
+        {
+            **outcome.report,
+            "trainable_params": moving,
+            "total_params": moving + tree.count(fit.frozen),
+        }
+    )
+    for split, values in outcome.metrics.items():
+        print(split, *(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.command(main))
