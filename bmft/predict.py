@@ -37,7 +37,6 @@ class Predictor:
         self.task, self.settings = task, settings  # settings: text, text_pair, max_length
         self._model, self._variables = model, variables
         self._tokenizer = models.tokenizer(model)
-        self._mesh = jax.make_mesh((1,), ("data",))
         apply = peft.attach(methods, model).apply
         self._outputs_of = evaluate.make_outputs(apply, task.outputs)
 
@@ -186,6 +185,8 @@ def main(argv):
         raise Mistake("give --run DIR, or --base MODEL with or without --adapter DIR")
     if bool(options.text) == bool(options.input):
         raise Mistake("give either --input FILE or --text TEXT")
+    if options.adapter:
+        files.card(options.adapter)  # a run or a model in its place is a mistake
     sharding.use_all_cores(os.cpu_count())
     examples, shown = _examples(options)
     predictor = load(where, base=options.base if options.adapter else None)
