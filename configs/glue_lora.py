@@ -40,9 +40,10 @@ def get_config(variant="tweets"):
     if variant == "tweets":
         config.peft.lora = {"rank": 8, "alpha": 16.0, "targets": ("query", "value")}
         config.data.name = "tweets"
-        config.train.steps = 470
+        config.data.max_length = 64
+        config.train.steps = 200
         config.optim.learning_rate = 2e-3
-        config.eval.every = 157
+        config.eval.every = 100
         return config
     if variant not in GLUE:
         raise ValueError(f"no variant {variant!r}; known: tweets, {', '.join(GLUE)}")
