@@ -38,6 +38,7 @@ REPORT = (  # what report.json holds at least
     *("tokens_per_second", "padding_share", "compile_seconds", "compilations"),
     *("peak_memory_bytes", "wall_seconds", "jax", "devices"),
 )
+TRACES = ("checkpoints", "metrics.jsonl", "report.json")  # of a run that has begun to compute
 NAME_LENGTH = 80  # of a default directory; file systems allow 255 bytes
 
 
@@ -96,6 +97,8 @@ def open_run(config, workdir, name, fingerprint):
         "commit": _commit(),
     }
     found = _read_record(path)
+    if not any((path / trace).exists() for trace in TRACES):
+        found = None  # a mistake ended it before anything was computed: there is nothing to mix
     grown = False
     if found is not None:
         grown = _refuse_other(path, found, record)
@@ -177,7 +180,7 @@ def _read_record(path):
             raise Mistake(f"{file} is no run's: choose another --workdir")
         return record
     except FileNotFoundError:
-        for trace in ("checkpoints", "metrics.jsonl", "report.json"):
+        for trace in TRACES:
             if (path / trace).exists():
                 raise Mistake(
                     f"{path} has {trace} but no config.json, so what was run there is not known: "

@@ -26,6 +26,12 @@ def opened(path, fingerprint="f1", name="glue_lora", **overrides):
     return open_run(make_config(**overrides), path, name, fingerprint)
 
 
+def begun(path):
+    """A directory in which a run has begun to train."""
+    opened(path)
+    (path / "metrics.jsonl").touch()
+
+
 def finish(run, **values):
     run.finish(dict.fromkeys(REPORT, 0) | values)
 
@@ -57,8 +63,16 @@ def test_the_same_run_continues_and_finishes(tmp_path, capsys):
     assert (tmp_path / "config.json").read_bytes() == content
 
 
+def test_a_run_that_a_mistake_ended_before_it_trained_can_be_mended(tmp_path):
+    opened(tmp_path, **{"peft.lora.rank": 4})
+    opened(tmp_path, fingerprint="f2")
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["peft"]["lora"]["rank"] == 8
+    assert record["base_fingerprint"] == "f2"
+
+
 def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
-    opened(tmp_path)
+    begun(tmp_path)
     expected = (
         r"holds another run \(peft\.lora\.rank: 8 != 4, seed: 0 != 1\): choose another --workdir"
     )
@@ -85,6 +99,7 @@ def test_groups_that_may_differ(tmp_path):
 
 
 def test_steps_may_grow_and_nothing_else_of_train(tmp_path):
+    begun(tmp_path)
     finish(opened(tmp_path))
     run = opened(tmp_path, **{"train.steps": 200})
     assert not run.finished
@@ -99,7 +114,7 @@ def test_steps_may_grow_and_nothing_else_of_train(tmp_path):
 
 
 def test_other_versions_are_a_warning(tmp_path, capsys):
-    opened(tmp_path)
+    begun(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())
     record["versions"]["jax"] = "0.0.1"
     (tmp_path / "config.json").write_text(json.dumps(record))
