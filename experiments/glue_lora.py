@@ -5,7 +5,7 @@
     ./run.sh experiments/glue_lora.py --config.peft.methods=bitfit --config.seed=1
 
 Settings, hardware, time and expected score: configs/glue_lora.py. Fork this file for another
-experiment: everything a run does is in `main`, from top to bottom.
+experiment: what a run does is in `main`, from top to bottom.
 """
 
 import os
@@ -51,16 +51,8 @@ def main(argv):
         return None if outputs is None else task.metrics(outputs, task.targets(tables[split]))
 
     def leave(state):
-        prepare.write_exports(
-            config,
-            run.path,
-            model,
-            methods,
-            state,
-            fit.frozen,
-            labels=task.labels,
-            fingerprint=base,
-        )
+        about = {"labels": task.labels, "fingerprint": base}
+        prepare.write_exports(config, run.path, model, methods, state, fit.frozen, **about)
 
     if run.finished:
         state, _ = loop.exported(config, run, fit.state, fingerprint=base)
@@ -86,20 +78,18 @@ def main(argv):
     leave(outcome.state)
     for split, table in tables.items():
         if table.labels is None and table.glue:
-            outputs = evaluate.over_split(
-                outputs_of, outcome.state.moving, fit.frozen, batches[split]
-            )
-            print(
-                "wrote", glue.write_submission(run.path / "submission", table.glue, split, outputs)
-            )
+            moving = outcome.state.moving
+            outputs = evaluate.over_split(outputs_of, moving, fit.frozen, batches[split])
+            path = glue.write_submission(run.path / "submission", table.glue, split, outputs)
+            print("wrote", path)
+    finish(run, fit, outcome)
+
+
+def finish(run, fit, outcome):
+    """Write report.json, which makes this a finished run, and print the metrics in it."""
     moving = tree.count(outcome.state.moving)
-    run.finish(
-        {
-            **outcome.report,
-            "trainable_params": moving,
-            "total_params": moving + tree.count(fit.frozen),
-        }
-    )
+    numbers = {"trainable_params": moving, "total_params": moving + tree.count(fit.frozen)}
+    run.finish({**outcome.report, **numbers})
     for split, values in outcome.metrics.items():
         print(split, *(f"{name} {value:.4f}" for name, value in values.items()))
 
