@@ -75,6 +75,8 @@ def main():
 def show(result):
     difference = result["largest_loss_difference_50_steps"]
     print(f"\n50 steps, dropout off: losses differ by at most {difference:.1e}")
+    if not result["seeds"]:
+        return
     print(f"{result['steps']} steps of 32 tweets, dropout on, accuracy on the test split")
     print("seed    bmft   peft   examples/s: bmft   peft   ratio")
     for row in result["seeds"]:

@@ -1,5 +1,7 @@
 """Models of transformers for the parity tests: random, in which every part matters, and saved."""
 
+import copy
+
 import numpy as np
 import torch
 import transformers
@@ -26,6 +28,7 @@ FAMILIES = ("bert", "roberta", "distilbert")
 
 
 def random_model(config, kind=transformers.AutoModelForSequenceClassification, seed=0):
+    config = copy.deepcopy(config)  # a model writes its dtype into it, which other tests would load
     model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
