@@ -4,7 +4,8 @@
     ./run.sh experiments/glue_lora.py --config=configs/glue_lora.py:sst2     GLUE, roberta-base
 
 `tweets` needs nothing but the package registry: 37,243 labelled tweets and a 6-layer MiniLM.
-HARDWARE_AND_SCORE
+On two CPU cores: 4 minutes, 1.5 GB; test accuracy 0.72 after 200 steps, 0.75 after 300
+(`--config.train.steps=300`), where the largest class is 43 %.
 
 The GLUE variants are the LoRA paper's on RoBERTa-base (Hu et al. 2021, arXiv:2106.09685, Table 2,
 and its repository's scripts examples/NLU/roberta_base_*.sh, whose batch is per device, on eight):

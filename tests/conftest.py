@@ -14,7 +14,7 @@ import time
 
 COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 
-# Level 0 compiles a third faster and computes the same: what XLA compiles here runs but a few times.
+# Level 0 takes up to a third less time: what is compiled here runs but a few times.
 FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
 
 os.environ["JAX_PLATFORMS"] = "cpu"
