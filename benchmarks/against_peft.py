@@ -152,9 +152,8 @@ class Pair:
 
     def accuracy_here(self, trained):
         outputs_of = evaluate.make_outputs(self.fit.apply, self.task.outputs)
-        outputs = evaluate.over_split(
-            outputs_of, trained.model.moving, self.fit.frozen, self.batches["test"]
-        )
+        variables = train.variables(trained.model, self.fit.frozen)
+        outputs = evaluate.over_split(outputs_of, variables, self.batches["test"])
         targets = self.task.targets(self.tables["test"])
         return float((outputs["logits"].argmax(-1) == targets).mean())
 

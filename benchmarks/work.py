@@ -70,9 +70,7 @@ def input_gradient(model, fit, loss):
     def gradient(probe, params, batch):
         def objective(probe):
             variables = {"params": params, "peft": {"embeddings": {"probe": probe}}}
-            (total, weight), _ = loss(
-                train.bind(apply, variables, {}, jax.random.key(0)), batch, None
-            )
+            (total, weight), _ = loss(train.bind(apply, variables, jax.random.key(0)), batch, None)
             return total / weight
 
         return jax.value_and_grad(objective)(probe)

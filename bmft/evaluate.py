@@ -13,18 +13,18 @@ from bmft.errors import Mistake
 
 
 def make_outputs(apply, outputs):
-    """outputs_of(moving, frozen, batch) -> {name: [rows, slots, ...]}; jitted, deterministic.
+    """outputs_of(variables, batch) -> {name: [rows, slots, ...]}; jitted, deterministic.
 
     outputs(forward, batch) is the task's.
     """
 
-    def outputs_of(moving, frozen, batch):
-        return outputs(train.bind(apply, moving, frozen), batch)
+    def outputs_of(variables, batch):
+        return outputs(train.bind(apply, variables), batch)
 
     return jax.jit(outputs_of)
 
 
-def over_split(outputs_of, moving, frozen, batches, stop=lambda: False):
+def over_split(outputs_of, variables, batches, stop=lambda: False):
     """{name: numpy [n, ...]} in the order of the split; None if `stop()` became true on the way.
 
     Raises Mistake if an example of the split came in no batch.
@@ -34,13 +34,13 @@ def over_split(outputs_of, moving, frozen, batches, stop=lambda: False):
         if stop():
             return None
         batch = batches.at(step)
-        rows = gather(outputs_of(moving, frozen, batch) | {"index": batch["index"]})
+        rows = gather(outputs_of(variables, batch) | {"index": batch["index"]})
         index = rows.pop("index")
         real = index >= 0
         seen[index[real]] = True
         for name, array in rows.items():
             into = found.setdefault(
-                name, np.zeros((batches.examples, *array.shape[2:]), array.dtype)
+                name, np.zeros((batches.examples, *array.shape[index.ndim :]), array.dtype)
             )
             into[index[real]] = array[real]
     if not seen.all():
@@ -55,12 +55,12 @@ def gather(outputs):
     return jax.device_get(outputs)
 
 
-def compare_with_base(apply, moving, frozen, batch):
+def compare_with_base(apply, variables, batch):
     """Largest difference of the adapted outputs from the base's, over the largest of the base's."""
 
-    def both(moving, frozen, batch):
-        forward = train.bind(apply, moving, frozen)
+    def both(variables, batch):
+        forward = train.bind(apply, variables)
         with_methods, base = forward(batch, train=False), forward(batch, train=False, adapter=False)
         return abs(with_methods - base).max() / abs(base).max()
 
-    return float(jax.jit(both)(moving, frozen, batch))
+    return float(jax.jit(both)(variables, batch))

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 
 from bmft import tree
 from bmft.errors import Mistake
+from bmft.names import to_file
 
 # Keys of config.json that speak of where the base came from, or of the precision it was kept in.
-OF_THE_BASE = ("_name_or_path", "torch_dtype", "transformers_version")
+OF_THE_BASE = ("_name_or_path", "torch_dtype", "transformers_version", "_preprocessor")
 
 
 def adapter(folder, write, tokenizer=None):
@@ -31,15 +32,16 @@ def adapter(folder, write, tokenizer=None):
 def merged(folder, *, load, merge, moving, frozen, names, settings, labels, tokenizer=None):
     """A directory that transformers loads: the methods folded into plain weights, float32.
 
-    load() -> the base tree in float32, read again from its file, since frozen leaves may be in a
-    lower precision; merge(params, added) -> params, the methods'; moving, frozen: trees of
-    variables, whole on this host; names: the model's names table; settings: its config.json;
-    labels: names of the outputs, None for regression. Raises Mistake for a method that cannot be
-    merged.
+    load() -> the base tree in float32 with its running statistics, read again from its file, since
+    frozen leaves may be in a lower precision; merge(params, added) -> params, the methods'; moving
+    (running statistics among them, if they moved), frozen: trees of variables, whole on this host;
+    names: the model's names table; settings: its config.json; labels: names of the outputs, None
+    for regression. Raises Mistake for a method that cannot be merged.
     """
     params = {path: np.asarray(leaf, np.float32) for path, leaf in tree.flatten(load()).items()}
-    for path, leaf in tree.flatten(moving.get("params", {})).items():
-        params[path] = np.asarray(leaf, np.float32)
+    for name in ("params", "batch_stats"):
+        for path, leaf in tree.flatten(moving.get(name, {})).items():
+            params[path] = np.asarray(leaf, np.float32)
     added = {"peft": moving.get("peft", {}), "peft_const": frozen.get("peft_const", {})}
     added = tree.map_with_path(lambda path, leaf: np.asarray(leaf), added)
     added = {"peft": {}, "peft_const": {}} | added
@@ -59,8 +61,8 @@ def _tensors(names, params):
         for layer in names.layers_of(leaf.path):
             array = np.asarray(params[leaf.path], np.float32)
             array = array if layer is None else array[layer]
-            array = array.T if leaf.layout == "transpose" else array
-            tensors[names.full(leaf).format(layer)] = np.ascontiguousarray(array)
+            array = to_file(leaf.written_layout or leaf.layout, array)
+            tensors[names.written(leaf).format(layer)] = np.ascontiguousarray(array)
     return tensors
 
 

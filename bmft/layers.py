@@ -3,14 +3,16 @@ only (flax's own `nn.Embed` is setup-style, so there is one here).
 
 Shapes: b rows of a batch, t and s tokens of a row, d width, f width inside the MLP, h heads,
 k width of a head, v vocabulary. Kernels are [in, out]; a stack of blocks puts its layers in front.
+Images and feature maps are [b, height, width, channels], kernels of convolutions [kh, kw, in, out].
 
 Precision: parameters come in whatever dtype the tree holds them; products are computed in `dtype`,
 norms and softmax in float32.
 
-Where methods attach: `Dense`, `Embed`, `LayerNorm` by target; `MLP` (its input and output, for
-parallel adapters) and `Residual` (a block part's output before it meets the residual stream, for
-Houlsby and Pfeiffer adapters) by type. Everything is called with positional arguments, since hooks
-see no others.
+Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; `MLP` (its input
+and output, for parallel adapters), `Residual` (a block part's output before it meets the residual
+stream, for Houlsby and Pfeiffer adapters) and `FeatureBlock` (a unit of a convolutional net, from
+one feature map to the next, for convolutional adapters) by type. Everything is called with
+positional arguments, since hooks see no others.
 """
 
 import math
@@ -36,12 +38,16 @@ ACTIVATIONS = {
 }
 
 
-def scan_layers(block, x, broadcast, *, depth, unroll=1, remat=False, frozen_below=0):
+def scan_layers(
+    block, x, broadcast, *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
+):
     """x after `depth` layers of `block(x, broadcast) -> x`, one stacked tree and one compiled body.
 
     frozen_below: below this layer nothing moves: the stack is scanned in two pieces, and no
     gradient is computed through the first. The tree is the same whatever the pieces.
+    begin, end: only these layers are computed; x is what the ones before would give.
     """
+    end = depth if end is None else end
 
     def layer(block, x, broadcast):
         return block(x, broadcast), None
@@ -66,14 +72,13 @@ def scan_layers(block, x, broadcast, *, depth, unroll=1, remat=False, frozen_bel
         )
         return cut(block, x)
 
-    if (
-        not frozen_below
-        or block.is_mutable_collection("params")
-        or block.is_mutable_collection("peft")
-    ):
+    making = block.is_mutable_collection("params") or block.is_mutable_collection("peft")
+    if making or (begin, end, frozen_below) == (0, depth, 0):
         return stack(block, x, depth)
-    x = jax.lax.stop_gradient(piece(x, 0, frozen_below))
-    return piece(x, frozen_below, depth) if frozen_below < depth else x
+    split = min(max(begin, frozen_below), end)
+    if begin < split:
+        x = jax.lax.stop_gradient(piece(x, begin, split))
+    return piece(x, split, end) if split < end else x
 
 
 def param(module, name, init, shape):
@@ -186,3 +191,102 @@ class MLP(nn.Module):
     def __call__(self, x):
         h_btf = ACTIVATIONS[self.activation](Dense(self.features, self.dtype, name="up")(x))
         return Dense(x.shape[-1], self.dtype, name="down")(h_btf)
+
+
+# --- images ----------------------------------------------------------------------------------
+
+
+def standardize(images, how, mean, std):
+    """float32 [b, y, x, 3] of images: uint8, or float in [0, 1].
+
+    how: `model` or `dataset`: less `mean` [3], over `std` [3]; `image`: each image less its own
+    mean, over its own standard deviation, which is at least 1/sqrt of its numbers, so that an even
+    image is no division by zero.
+    """
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    if how != "image":
+        return (images - jnp.array(mean)) / jnp.array(std)
+    centred = images - images.mean((1, 2, 3), keepdims=True)
+    deviation = images.std((1, 2, 3), keepdims=True)
+    return centred / jnp.maximum(deviation, math.prod(images.shape[1:]) ** -0.5)
+
+
+def convolve(x, kernel, conv, groups=None):
+    """x [b, y, x, in] by kernel [kh, kw, in/groups, out], with the geometry of the `Conv` conv."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=conv.strides,
+        padding=conv.padding,
+        rhs_dilation=conv.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=conv.groups if groups is None else groups,
+    )
+
+
+class Conv(nn.Module):
+    """A convolution as torch's Conv2d: zero padding, counted in pixels on each side."""
+
+    features: int
+    kernel: tuple  # (kh, kw)
+    strides: tuple = (1, 1)
+    padding: tuple = ((0, 0), (0, 0))  # ((above, below), (left, right))
+    dilation: tuple = (1, 1)
+    groups: int = 1
+    dtype: Any = jnp.float32
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (*self.kernel, x.shape[-1] // self.groups, self.features)
+        # He et al. 2015, by the fan-out, as torchvision's ResNet starts.
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        kernel = param(self, "kernel", init, shape)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self)
+        if self.use_bias:
+            y += param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class BatchNorm(nn.Module):
+    """Ioffe and Szegedy 2015, over all axes but the last, in float32; returns `dtype`.
+
+    batch=False: with the running statistics, `batch_stats/<module>/{mean,var}` [channels], as they
+    are. batch=True: with the batch's own, which are put in their place: how they move the running
+    ones is the training step's to say. Like torch, a batch is normalised by its biased variance
+    and reports the unbiased one.
+    """
+
+    eps: float
+    batch: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        var = self.variable("batch_stats", "var", jnp.ones, channels)
+        scale = param(self, "scale", nn.initializers.ones, channels)
+        bias = param(self, "bias", nn.initializers.zeros, channels)
+        x = x.astype(jnp.float32)
+        centre, spread = mean.value, var.value
+        if self.batch:
+            axes = tuple(range(x.ndim - 1))
+            centre = x.mean(axes)
+            spread = jnp.square(x - centre).mean(axes)
+            if self.is_mutable_collection("batch_stats"):
+                count = math.prod(x.shape[:-1])
+                mean.value, var.value = centre, spread * (count / max(count - 1, 1))
+        return ((x - centre) * (jax.lax.rsqrt(spread + self.eps) * scale) + bias).astype(self.dtype)
+
+
+class FeatureBlock(nn.Module):
+    """What a unit of a convolutional net derives from: __call__(x) -> the next feature map."""
+
+
+def max_pool(x, size, stride, padding=0):
+    """The largest of each size x size window, as torch's MaxPool2d."""
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    window, strides = (1, size, size, 1), (1, stride, stride, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, pads)

@@ -118,8 +118,8 @@ class Log:
 def show_leaves(rows, console=None):
     """Print the start table, and what share of all numbers moves.
 
-    rows: (path, shape, dtype, status, rule, count) with status `moved`, `added` or `frozen total`;
-    the shares are those of the sum of all counts.
+    rows: (path, shape, dtype, status, rule, count) with status `moved`, `added`, `measured`
+    (running statistics) or `frozen total`; the shares are those of the sum of all counts.
     """
     console = console or _console()
     total = sum(row[-1] for row in rows)

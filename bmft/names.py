@@ -17,27 +17,79 @@ import numpy as np
 from bmft.errors import Mistake, nearest
 
 KINDS = {"kernel": "dense", "embedding": "embed", "scale": "norm"}
+EVERY = {"all-linear": "dense", "all-conv": "conv"}
+STATISTICS = ("mean", "var")  # leaves of a BatchNorm that no gradient moves
+
+# How a tensor lies in a file: the axis of ours that each of its axes is. None: the same.
+LAYOUTS = {
+    "same": None,
+    "transpose": (1, 0),  # torch's linear [out, in]; ours [in, out]
+    "conv": (3, 2, 0, 1),  # torch's OIHW; ours HWIO
+}
 
 
 class Leaf(NamedTuple):
     """One leaf of the base tree; `{}` in a name stands for the layer."""
 
     path: str  # ours: layers/attention/query/kernel
-    file: str  # in a weights file, without the model's prefix: encoder.layer.{}.….query.weight
-    layout: str  # "same", or "transpose": torch's [out, in] against our [in, out]
+    file: str  # in the weights file that is read, without the model's prefix
+    layout: str = "same"  # of LAYOUTS: how it lies there
     top: bool = False  # True: the name never takes the model's prefix (a head)
+    part: tuple | None = None  # (i, n): the i-th of n equal parts of the file's first axis
+    written: str | None = None  # whole name in a file we write; None: the one that is read
+    written_layout: str | None = None  # None: layout
+    modules: tuple = ()  # whole names in transformers' modules, newest first; (): as written
+
+    @property
+    def kind(self):
+        """dense, conv, embed or norm: what a module is whose leaf this is; None: says nothing."""
+        kind = KINDS.get(self.path.rpartition("/")[2])
+        conv = "conv" in (self.layout, self.written_layout)
+        return "conv" if kind == "dense" and conv else kind
+
+    @property
+    def is_statistic(self):
+        return self.path.rpartition("/")[2] in STATISTICS
+
+
+def to_file(layout, array):
+    """Our leaf of one layer as a file has it."""
+    return array if LAYOUTS[layout] is None else array.transpose(LAYOUTS[layout])
+
+
+def from_file(layout, array):
+    """The inverse of `to_file`."""
+    return array if LAYOUTS[layout] is None else array.transpose(np.argsort(LAYOUTS[layout]))
+
+
+def in_file(layout, axes):
+    """A shape, or slices, of ours in the order of the file's axes."""
+    return tuple(axes) if LAYOUTS[layout] is None else tuple(axes[i] for i in LAYOUTS[layout])
 
 
 class Names(NamedTuple):
     """A model's names table. `prefix` is what a headed model puts before its encoder's names."""
 
     leaves: tuple
-    layers: int
+    layers: int  # of the stack; 0: none
     prefix: str  # "bert."; files may come with or without it
+    stages: tuple = ()  # subtrees from the input to the output, of a model that is no stack
+
+    def written(self, leaf):
+        """The leaf's name in a file of weights that we write."""
+        return leaf.written or (leaf.file if leaf.top else self.prefix + leaf.file)
 
     def full(self, leaf):
-        """The leaf's name in a headed model of transformers, which is what is written."""
-        return leaf.file if leaf.top else self.prefix + leaf.file
+        """The leaf's name in the modules of today's transformers, which adapters are named by."""
+        return leaf.modules[0] if leaf.modules else self.written(leaf)
+
+    def dialects(self):
+        """This table by each spelling of the modules, today's transformers first."""
+        count = max((len(leaf.modules) for leaf in self.leaves), default=0)
+        for i in range(max(count, 1)):
+            yield self._replace(
+                leaves=tuple(leaf._replace(modules=leaf.modules[i : i + 1]) for leaf in self.leaves)
+            )
 
     def layers_of(self, path):
         """[0 … layers), or [None] for what lies outside the stack."""
@@ -51,15 +103,16 @@ class Names(NamedTuple):
         """{module path: its name in transformers, with {} for the layer}, of the given kinds."""
         found = {}
         for leaf in self.leaves:
-            path, _, name = leaf.path.rpartition("/")
-            if KINDS.get(name) in kinds:
-                found[path] = self.full(leaf).rpartition(".")[0]
+            if leaf.kind in kinds:
+                found[leaf.path.rpartition("/")[0]] = self.full(leaf).rpartition(".")[0]
         return found
 
     def called(self, path, layer):
-        """The two unstacked names of the module at `path` in `layer`: ours and theirs."""
-        theirs = next(self.full(leaf) for leaf in self.leaves if leaf.path.startswith(path + "/"))
-        return unstacked(path, layer), theirs.rpartition(".")[0].format(layer)
+        """The unstacked names of the module at `path` in `layer`: ours, then transformers'."""
+        leaf = next(leaf for leaf in self.leaves if leaf.path.startswith(path + "/"))
+        theirs = dict.fromkeys((self.full(leaf), *leaf.modules, self.written(leaf)))
+        modules = (name.rpartition(".")[0].format(layer) for name in theirs)
+        return unstacked(path, layer), *modules
 
 
 def unstacked(path, layer):
@@ -76,9 +129,10 @@ def matches(entry, name):
 def target(names, entries, *, head=(), without=None, kinds=("dense",), layers=None):
     """Which modules a method is put on: {module path: bool [l], or bool [] outside the stack}.
 
-    entries: a list of names matched by peft's rule against both names of each module; or
-        `all-linear` (every dense module but the head); or `re:` and a regular expression that
-        matches a whole name. Each must match, else `Mistake` with the nearest name.
+    entries: a list of names matched by peft's rule against the names of each module; or
+        `all-linear` (every dense module but the head), `all-conv` (every convolution); or `re:` and
+        a regular expression that matches a whole name. Each must match, else `Mistake` with the
+        nearest name.
     head: paths a target never reaches (the task's head, trained whole).
     without: modules it does not reach in some layers, {module path: bool [l] or []}.
     layers: indices of the layers meant; None is all. Modules outside the stack are then left out.
@@ -89,19 +143,20 @@ def target(names, entries, *, head=(), without=None, kinds=("dense",), layers=No
                 last = names.layers - 1
                 raise Mistake(f"no layer {layer} to transform: the model has 0 to {last}")
     candidates = [
-        (path, layer, (unstacked(path, layer), theirs.format(layer)))
-        for path, theirs in names.modules(*kinds).items()
+        (path, layer, kind, names.called(path, layer))
+        for kind in kinds
+        for path in names.modules(kind)
         for layer in names.layers_of(path)
         if not any(path == h or path.startswith(h + "/") for h in head)
         if not (without and path in without and without[path][() if layer is None else layer])
     ]
     hit = {}
     for entry in entries:
-        chosen = [c for c in candidates if any(_hits(entry, name) for name in c[2])]
+        chosen = [(path, layer) for path, layer, *about in candidates if _hits(entry, *about)]
         if not chosen:
-            known = {n.rpartition(".")[2] for c in candidates for n in c[2]}
+            known = {name.rpartition(".")[2] for *_, called in candidates for name in called}
             raise Mistake(f"target {entry!r} matches no module; {nearest(entry, known)}")
-        for path, layer, _ in chosen:
+        for path, layer in chosen:
             if layers is None or layer in layers:
                 size = names.layers if layer is not None else ()
                 hit.setdefault(path, np.zeros(size, bool))[() if layer is None else layer] = True
@@ -120,8 +175,9 @@ def saved(names, entries):
         before = sum(mask.sum() for mask in hit.values())
         for leaf in names.leaves:
             for layer in names.layers_of(leaf.path):
-                both = unstacked(leaf.path, layer), names.full(leaf).format(layer)
-                if any(matches(entry, holder) for name in both for holder in _holders(name)):
+                module, _, last = leaf.path.rpartition("/")
+                called = (f"{name}.{last}" for name in names.called(module, layer))
+                if any(matches(entry, holder) for name in called for holder in _holders(name)):
                     size = names.layers if layer is not None else ()
                     mask = hit.setdefault(leaf.path, np.zeros(size, bool))
                     mask[() if layer is None else layer] = True
@@ -137,15 +193,16 @@ def _holders(name):
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _hits(entry, name):
-    if entry == "all-linear":
-        return True
+def _hits(entry, kind, called):
+    """Does an entry mean a module of this kind that is called so?"""
+    if entry in EVERY:
+        return kind == EVERY[entry]
     if entry.startswith("re:"):
         try:
-            return re.fullmatch(entry[3:], name) is not None
+            return any(re.fullmatch(entry[3:], name) for name in called)
         except re.error as error:
             raise Mistake(f"target {entry!r} is no regular expression: {error}") from None
-    return matches(entry, name)
+    return any(matches(entry, name) for name in called)
 
 
 def pattern_value(patterns, module_names, default):

@@ -55,8 +55,7 @@ class Predictor:
             row_length=row_length(None, encoded.longest, jax.default_backend()),
             put=_few_shapes,
         )
-        moving, frozen = {}, self._variables
-        return self.task.decode(evaluate.over_split(self._outputs_of, moving, frozen, batches))
+        return self.task.decode(evaluate.over_split(self._outputs_of, self._variables, batches))
 
     def _table(self, examples):
         columns = [self.settings["text"], self.settings["text_pair"]]
@@ -103,7 +102,7 @@ def load(where, *, base=None):
     model = models.find(base, outputs=card.outputs)
     loaded = weights.load(model, jax.random.key(0))
     read = files.read(adapter, model, fingerprint=weights.fingerprint(model))
-    variables = files.insert(read, loaded.params, loaded.fresh)
+    variables = files.insert(read, loaded.variables(), loaded.fresh)
     labels = card.labels or (_numbered(card.outputs) if card.outputs > 1 else None)
     return Predictor(model, _task(labels), read.methods, variables, _limited(settings, model))
 
@@ -117,7 +116,7 @@ def _of_model(folder, settings):
     if loaded.fresh:
         raise Mistake(f"{folder} has no {loaded.fresh[0]}, no trained head; give --adapter")
     task = _task(labels if len(labels) > 1 else None)
-    return Predictor(model, task, (), {"params": loaded.params}, _limited(settings, model))
+    return Predictor(model, task, (), loaded.variables(), _limited(settings, model))
 
 
 def _run_record(folder):

@@ -35,8 +35,10 @@ def find_task(config, tables):
     return make(tables, **{key: config.task[key] for key in signature(make)})
 
 
-def find_model(config, outputs):
-    """The `Model` of a config, in its compute dtype: bfloat16 unless on CPU or told otherwise."""
+def find_model(config, outputs, **changes):
+    """The `Model` of a config, in its compute dtype: bfloat16 unless on CPU or told otherwise.
+
+    changes: fields of the architecture's own Config to set."""
     dtype = config.model.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return models.find(
         config.model.name,
@@ -44,6 +46,7 @@ def find_model(config, outputs):
         dtype=jnp.dtype(dtype),
         remat=config.model.remat,
         unroll=config.model.unroll,
+        **changes,
     )
 
 
@@ -72,8 +75,8 @@ def exports_missing(config, folder):
 
 def write_exports(config, folder, model, methods, state, frozen, *, labels, fingerprint):
     """adapter/ and, if asked for, model/ in a run directory, each with the tokenizer."""
-    moving = evaluate.gather(state.moving)
-    constants = evaluate.gather({name: frozen[name] for name in frozen if name != "params"})
+    moving = evaluate.gather(state.moving | state.stats)
+    constants = evaluate.gather({name: frozen[name] for name in frozen if name not in peft.BASE})
     if jax.process_index() != 0:
         return
     tokenizer = models.tokenizer(model)
@@ -90,7 +93,7 @@ def write_exports(config, folder, model, methods, state, frozen, *, labels, fing
     if config.export.merged:
         export.merged(
             folder / "model",
-            load=lambda: weights.load(model, jax.random.key(0)).params,
+            load=lambda: weights.load(model, jax.random.key(0)).leaves(),
             merge=lambda params, added: peft.merge(methods, params, added),
             moving=moving,
             frozen=constants,
@@ -161,6 +164,7 @@ class Fit(NamedTuple):
     """A model with methods in it, ready to train."""
 
     apply: Callable  # of bmft.peft.attach
+    momentum: Callable | None  # step -> share by which running statistics move
     state: train.State
     frozen: Any
     tx: optax.GradientTransformation
@@ -185,34 +189,47 @@ def fit(config, model, methods, mesh, steps):
         return jnp.float32 if moves or tree.under(path, may_move) else model.module.dtype
 
     loaded = weights.load(model, key, dtype=dtype, sharding=sharding.of_leaf(mesh, model.sharding))
-    add = peft.attach(methods, model).add
-    added = jax.jit(add, out_shardings=whole)(add_key, loaded.params)
-    variables = {"params": loaded.params, **added}
+    base = loaded.variables()
+    variables = base | jax.jit(peft.attach(methods, model).add, out_shardings=whole)(add_key, base)
+    stats = {name: variables.pop(name) for name in ("batch_stats",) if _statistics_move(model)}
     labels = peft.claims(
         methods,
-        [path for path in tree.flatten(variables) if not path.startswith("peft_const/")],
+        [path for path in tree.flatten(variables) if path.startswith(("params/", "peft/"))],
         heads=model.heads,
         fresh=loaded.fresh,
         head_label=config.optim.head_learning_rate is not None,
     )
-    below = peft.lowest_moving_layer(methods, labels, model.names.layers)
+    below = peft.first_moving_piece(methods, labels, model.names)
     module = model.module.clone(frozen_below=below)
     apply = peft.attach(methods, model._replace(module=module)).apply
     moving, frozen = tree.split(variables, lambda path: path in labels)
     masks = {path: peft.moving_rows(methods, path) for path in labels}
     masks = {path: mask for path, mask in masks.items() if mask is not None}
     tx, schedules = optim.make(config, labels, steps, masks)
-    _check_identity(apply, moving, frozen, model, methods)
-    state = train.init_state(moving, tx, state_key)
+    state = train.init_state(moving, tx, state_key, stats)
+    _check_identity(apply, train.variables(state, frozen), model, methods)
     state = jax.device_put(state, train.shardings(state, whole))
-    rows = _table(variables, labels)
+    rows = _table(variables, labels, stats)
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
-    return Fit(apply, state, frozen, tx, labels, schedules[first], rows, loaded)
+    momentum = MOMENTUM[model.config.batch_norm] if stats else None
+    return Fit(apply, momentum, state, frozen, tx, labels, schedules[first], rows, loaded)
 
 
-def _check_identity(apply, moving, frozen, model, methods):
+# How far the running statistics go towards a batch's, by the policy. The first is torch's. The
+# second forgets the base's: it is the mean over the first batches, and then goes over to the first.
+MOMENTUM = {
+    "update": lambda step: 0.1,
+    "reset": lambda step: jnp.maximum(0.1, 1.0 / (step + 1)),
+}
+
+
+def _statistics_move(model):
+    return getattr(model.config, "batch_norm", "frozen") != "frozen"
+
+
+def _check_identity(apply, variables, model, methods):
     allowed = max(method.identity for method in methods)
-    found = evaluate.compare_with_base(apply, moving, frozen, model.dummy)
+    found = evaluate.compare_with_base(apply, variables, model.dummy)
     if not found <= allowed:
         names = ", ".join(method.name for method in methods)
         raise Mistake(
@@ -221,14 +238,17 @@ def _check_identity(apply, moving, frozen, model, methods):
         )
 
 
-def _table(variables, labels):
-    """Rows of the start table: a moving leaf each, and all that is frozen in one."""
+def _table(variables, labels, stats):
+    """Rows of the start table: a moving leaf each, running statistics that change in one, and all
+    that is frozen in one."""
     leaves = tree.flatten(variables)
     rows = []
     for path, label in sorted(labels.items()):
         leaf = leaves[path]
         status = "moved" if path.startswith("params/") else "added"
         rows.append((path, leaf.shape, leaf.dtype, status, label, leaf.size))
+    if stats:
+        rows.append(("batch_stats", None, "float32", "measured", None, tree.count(stats)))
     frozen = [leaf for path, leaf in leaves.items() if path not in labels]
     if frozen:
         dtypes = "/".join(sorted({str(leaf.dtype) for leaf in frozen}))

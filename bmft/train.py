@@ -24,13 +24,18 @@ class State(NamedTuple):
     key: Any  # folded with the step inside it
     moving: Any  # {"params": ..., "peft": ...}, float32
     opt: Any  # of optax, over moving
-    stats: Any  # running statistics, where a model has them
+    stats: Any  # {"batch_stats": ...}, running statistics that the batches move; mostly {}
 
 
-def init_state(moving, tx, key):
+def init_state(moving, tx, key, stats=None):
     """The `State` before the first step."""
     moving = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moving)
-    return State(jnp.zeros((), jnp.int32), key, moving, tx.init(moving), {})
+    return State(jnp.zeros((), jnp.int32), key, moving, tx.init(moving), stats or {})
+
+
+def variables(state, frozen):
+    """All variables of the model: those that change and those that do not."""
+    return tree.join(state.moving, state.stats, frozen)
 
 
 def shardings(state, rest):
@@ -46,34 +51,42 @@ def shardings(state, rest):
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def bind(apply, moving, frozen, key=None) -> Callable:
-    """forward(batch, *, train, adapter=True) -> outputs: the model with its variables and key."""
-    return partial(apply, tree.join(moving, frozen), key=key)
+def bind(apply, variables, key=None, seen=None) -> Callable:
+    """forward(batch, *, train, adapter=True) -> outputs: the model with its variables and key.
+
+    seen: a list that takes the batch's own statistics of each call in training.
+    """
+    return partial(apply, variables, key=key, seen=seen)
 
 
-def make_step(apply, loss, tx, *, accumulate=1, rate=None, grad=jax.value_and_grad):
+def make_step(apply, loss, tx, *, accumulate=1, rate=None, momentum=None, grad=jax.value_and_grad):
     """step(state, frozen, batch) -> state, metrics; jitted, the old state's memory is reused.
 
     loss(forward, batch, key) -> (sum, weight), {name: sum}. Sums and weights, never means: with
     `accumulate` > 1 the rows of a batch are computed in so many parts, and the result is that of
-    one large batch exactly. `grad` is an argument for steps that take other gradients.
+    one large batch exactly (but for a BatchNorm that normalises by the part it sees). `grad` is an
+    argument for steps that take other gradients.
 
-    rate: step -> learning rate, reported as it is; tx has its own.
+    rate: step -> learning rate, reported as it is; tx has its own. momentum: step -> share of the
+    way that running statistics, where state.stats holds any, go towards the batch's.
 
     metrics: loss and the names of aux as means; weight; examples (aux's own, where a weight is no
     count); learning_rate; grad_norm, and grad_norms [n], a number for each moving leaf in the order
     of jax.tree.leaves(state.moving).
     """
 
-    def gradient(moving, frozen, batch, key):
+    def gradient(state, frozen, batch, key):
         def objective(moving):
-            (total, weight), aux = loss(bind(apply, moving, frozen, key), batch, key)
-            return total, {"loss": total, "weight": weight, **aux}
+            seen = [] if state.stats else None
+            joined = variables(state._replace(moving=moving), frozen)
+            (total, weight), aux = loss(bind(apply, joined, key, seen), batch, key)
+            stats = jax.tree.map(lambda *calls: sum(calls) / len(calls), *seen) if seen else {}
+            return total, ({"loss": total, "weight": weight, **aux}, stats)
 
-        (_, sums), grads = grad(objective, has_aux=True)(moving)
-        return grads, sums
+        (_, (sums, stats)), grads = grad(objective, has_aux=True)(state.moving)
+        return grads, sums, stats
 
-    def in_parts(moving, frozen, batch, key):
+    def in_parts(state, frozen, batch, key):
         def cut(x):  # row i goes to part i % accumulate: every device has its share of every part
             return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
@@ -81,16 +94,17 @@ def make_step(apply, loss, tx, *, accumulate=1, rate=None, grad=jax.value_and_gr
         keys = jax.random.split(key, accumulate)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, gradient(moving, frozen, *part)), None
+            return jax.tree.map(jnp.add, carry, gradient(state, frozen, *part)), None
 
         first = jax.tree.map(lambda x: x[0], (parts, keys))
         rest = jax.tree.map(lambda x: x[1:], (parts, keys))
-        return jax.lax.scan(add, gradient(moving, frozen, *first), rest)[0]
+        grads, sums, stats = jax.lax.scan(add, gradient(state, frozen, *first), rest)[0]
+        return grads, sums, jax.tree.map(lambda x: x / accumulate, stats)
 
     def step(state, frozen, batch):
         key = jax.random.fold_in(state.key, state.step)
         compute = gradient if accumulate == 1 else in_parts
-        grads, sums = compute(state.moving, frozen, batch, key)
+        grads, sums, stats = compute(state, frozen, batch, key)
         weight = sums.pop("weight")
         examples = sums.pop("examples", weight)
         grads, means = jax.tree.map(lambda x: x / weight, (grads, sums))
@@ -100,7 +114,10 @@ def make_step(apply, loss, tx, *, accumulate=1, rate=None, grad=jax.value_and_gr
         metrics["grad_norm"] = jnp.linalg.norm(norms)
         if rate:
             metrics["learning_rate"] = rate(state.step)
+        if stats:
+            share = momentum(state.step)
+            stats = jax.tree.map(lambda old, new: old + share * (new - old), state.stats, stats)
         moving = optax.apply_updates(state.moving, updates)
-        return State(state.step + 1, state.key, moving, opt, state.stats), metrics
+        return State(state.step + 1, state.key, moving, opt, stats), metrics
 
     return jax.jit(step, donate_argnums=0)

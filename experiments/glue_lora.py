@@ -47,7 +47,8 @@ def main(argv):
     outputs_of = evaluate.make_outputs(fit.apply, task.outputs)
 
     def assess(state, frozen, split, stop):
-        outputs = evaluate.over_split(outputs_of, state.moving, frozen, batches[split], stop)
+        variables = train.variables(state, frozen)
+        outputs = evaluate.over_split(outputs_of, variables, batches[split], stop)
         return None if outputs is None else task.metrics(outputs, task.targets(tables[split]))
 
     def leave(state):
@@ -78,8 +79,8 @@ def main(argv):
     leave(outcome.state)
     for split, table in tables.items():
         if table.labels is None and table.glue:
-            moving = outcome.state.moving
-            outputs = evaluate.over_split(outputs_of, moving, fit.frozen, batches[split])
+            variables = train.variables(outcome.state, fit.frozen)
+            outputs = evaluate.over_split(outputs_of, variables, batches[split])
             path = glue.write_submission(run.path / "submission", table.glue, split, outputs)
             print("wrote", path)
     finish(run, fit, outcome)

@@ -83,7 +83,7 @@ def test_what_is_written_is_read(bases, tmp_path, case):
     adapter = files.read(tmp_path, model, fingerprint="f" * 64)
     assert adapter.names == tuple(groups)
     assert adapter.labels == LABELS
-    same(files.insert(adapter, params), trained.variables)
+    same(files.insert(adapter, {"params": params}), trained.variables)
     card = files.card(tmp_path)
     assert (card.base, card.outputs, card.labels) == ("tiny", tiny.OUTPUTS, LABELS)
     own = "BMFT_" + "_".join(groups).upper()
@@ -232,7 +232,7 @@ def test_fields_that_mean_what_ours_do(bases, tmp_path, family, group, wanted):
     trained.write(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {field: written[field] for field in wanted} == wanted
-    same(files.insert(files.read(tmp_path, model), params), trained.variables)
+    same(files.insert(files.read(tmp_path, model), {"params": params}), trained.variables)
 
 
 NOWHERE = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
@@ -426,9 +426,9 @@ ACCEPTED = [
 def test_what_makes_no_difference(bases, lora, tmp_path, mutate):
     model, params = bases["bert"]
     put(lora, tmp_path)
-    want = files.insert(files.read(tmp_path, model), params)
+    want = files.insert(files.read(tmp_path, model), {"params": params})
     mutate(tmp_path)
-    same(files.insert(files.read(tmp_path, model), params), want)
+    same(files.insert(files.read(tmp_path, model), {"params": params}), want)
 
 
 def test_fields_that_a_file_leaves_out_have_pefts_defaults(bases, lora, tmp_path):
@@ -485,13 +485,13 @@ def test_no_leaf_stays_random(bases, lora, tmp_path):
     put(lora, tmp_path)
     adapter = files.read(tmp_path, model)
     with pytest.raises(Mistake, match="has no pooler/kernel, and nor has the base"):
-        files.insert(adapter, params, fresh=("classifier/out/bias", "pooler/kernel"))
+        files.insert(adapter, {"params": params}, fresh=("classifier/out/bias", "pooler/kernel"))
     trained = Trained(model, params, {"lora": {}}, fresh=("pooler/kernel", "pooler/bias"))
     trained.write(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["modules_to_save"] == ["classifier", "bert.pooler.dense"]
     again = files.insert(
-        files.read(tmp_path, model), params, fresh=("pooler/kernel", "pooler/bias")
+        files.read(tmp_path, model), {"params": params}, fresh=("pooler/kernel", "pooler/bias")
     )
     same(again, trained.variables)
 
@@ -504,7 +504,7 @@ def test_layers_that_are_not_in_the_file_stay_the_bases(bases, tmp_path):
     assert "params/layers/attention_norm/scale" not in adapter.rows
     # A base in bfloat16 stays so where nothing moved.
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    variables = tree.flatten(files.insert(adapter, low))
+    variables = tree.flatten(files.insert(adapter, {"params": low}))
     assert variables["params/layers/mlp/up/kernel"].dtype == jnp.float32
     assert variables["params/embeddings/word/embedding"].dtype == jnp.bfloat16
 
@@ -555,7 +555,7 @@ def test_adapter_directory(bases, tmp_path):
     for rank in (2, 3):  # a second export replaces the first, and only that
         trained = Trained(model, params, {"lora": {"rank": rank}})
         export.adapter(folder, trained.write, Tokenizer())
-        same(files.insert(files.read(folder, model), params), trained.variables)
+        same(files.insert(files.read(folder, model), {"params": params}), trained.variables)
         (folder / "notes.txt").write_text("mine")
     written = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "notes.txt"}
     assert {path.name for path in folder.iterdir()} == written

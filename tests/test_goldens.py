@@ -54,7 +54,7 @@ def test_adapters_of_peft(loaded, name):
     assert files.card(FOLDER / name).outputs == OUTPUTS
     adapter = files.read(FOLDER / name, model, fingerprint="of whatever base")
     assert adapter.names == ("lora",)
-    variables = files.insert(adapter, params)
+    variables = files.insert(adapter, {"params": params})
     merged = peft.merge(adapter.methods, variables["params"], variables)
     close(apply(merged), name)
     if name == "bert_patterns":

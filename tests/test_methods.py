@@ -90,9 +90,7 @@ def trained(fitted):
 
 
 def test_identity_at_the_start_is_as_declared(fitted):
-    difference = evaluate.compare_with_base(
-        fitted.apply, fitted.moving, fitted.frozen, tiny.batch()
-    )
+    difference = evaluate.compare_with_base(fitted.apply, fitted.variables, tiny.batch())
     assert difference <= max(method.identity for method in fitted.methods)
 
 
@@ -173,7 +171,7 @@ def test_nothing_is_differentiated_below_the_lowest_moving_layer(folders, unroll
     """The stack in two pieces: the same outputs and gradients for fewer operations."""
     group = {"rank": 2, "alpha": 5.0, "layers_to_transform": (2,), "dropout": 0.2}
     whole = tiny.Fitted(folders["bert"], ("lora",), {"lora": group}, unroll=unroll)
-    assert peft.lowest_moving_layer(whole.methods, whole.claims, 3) == 2
+    assert peft.first_moving_piece(whole.methods, whole.claims, whole.model.names) == 2
     model = whole.model._replace(module=whole.model.module.clone(frozen_below=2))
     apply = peft.attach(whole.methods, model).apply
     moving = tree.map_with_path(lambda p, x: x + 0.1 * p.endswith("lora_b"), whole.moving)
@@ -181,7 +179,8 @@ def test_nothing_is_differentiated_below_the_lowest_moving_layer(folders, unroll
     def gradient(apply):
         def objective(moving):
             still = lambda variables, batch, **_: apply(variables, batch)  # noqa: E731 - no dropout
-            (total, _), _ = tiny.loss(train.bind(still, moving, whole.frozen), tiny.batch(), None)
+            forward = train.bind(still, tree.join(moving, whole.frozen))
+            (total, _), _ = tiny.loss(forward, tiny.batch(), None)
             return total
 
         return jax.jit(jax.value_and_grad(objective)).lower(moving).compile()

@@ -194,7 +194,7 @@ CONFIGS = [
     (lambda folder: os.remove(folder / "config.json"), "no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
     (lambda folder: settings(folder, model_type="brt"), "did you mean 'bert'?"),
-    (lambda folder: settings(folder, model_type=None), "model_type None"),
+    (lambda folder: settings(folder, model_type=None), "no config.json with a model_type"),
     (lambda folder: settings(folder, hidden_act="gelo"), "did you mean 'gelu'?"),
     (lambda folder: settings(folder, position_embedding_type="relative_key"), "must be 'absolute'"),
     (lambda folder: settings(folder, is_decoder=True), "is_decoder must be false"),

@@ -12,7 +12,7 @@ import tokenizers
 import transformers
 from safetensors.numpy import save_file
 
-from bmft import models, peft, tree
+from bmft import models, names, peft, tree
 from bmft.models import weights
 
 FAMILIES = ("bert", "roberta", "distilbert")
@@ -63,8 +63,8 @@ def directory(folder, family="bert", seed=0, **changes):
         for layer in model.names.layers_of(leaf.path):
             shape = shapes[leaf.path].shape[0 if layer is None else 1 :]
             array = rng.normal(0, 0.2, shape) + leaf.path.endswith("scale")
-            array = array.T if leaf.layout == "transpose" else array
-            name = model.names.full(leaf).format(layer)
+            array = names.to_file(leaf.layout, array)
+            name = model.names.written(leaf).format(layer)
             tensors[name] = np.ascontiguousarray(array, np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -113,8 +113,8 @@ class Fitted:
         self.methods = peft.build(self.model, tuple(methods), self.groups)
         self.add, apply = peft.attach(self.methods, self.model)
         self.apply = jax.jit(apply, static_argnames=("train", "adapter"))
-        added = jax.jit(self.add)(jax.random.key(1), self.loaded.params)
-        self.variables = {"params": self.loaded.params, **added}
+        added = jax.jit(self.add)(jax.random.key(1), self.loaded.variables())
+        self.variables = self.loaded.variables() | added
         paths = [p for p in tree.flatten(self.variables) if not p.startswith("peft_const/")]
         self.claims = peft.claims(
             self.methods, paths, heads=self.model.heads, fresh=self.loaded.fresh

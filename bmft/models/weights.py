@@ -1,46 +1,56 @@
-"""A model's leaves from safetensors, each straight into its sharding, and what was not in the file.
+"""A model's leaves from its file, each straight into its sharding, and what was not in the file.
 
 The file decides nothing in silence: a tensor of the wrong shape, a tensor nobody knows, a missing
 one outside the head and the pooler are refused; the rest is listed in `Loaded`.
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16, which safetensors then reads
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from bmft import tree
+from bmft import names, tree
 from bmft.errors import Mistake
+from bmft.models import tensors
 
 # Only these may be missing from a file, and are then initialised: the head, and BERT's pooler,
 # which masked-language-model checkpoints leave out.
 FRESH = ("classifier", "pooler")
+COUNTERS = ".num_batches_tracked"  # of torch's BatchNorm; it decides nothing
 
 
 class Loaded(NamedTuple):
     params: Any  # the whole base tree
+    batch_stats: Any  # running statistics; {} where the model has none
     fresh: tuple  # paths that the file did not have: initialised, so they must move
     ignored: tuple  # tensors of the file that the model does without
 
+    def variables(self):
+        """{"params": ..., "batch_stats": ...}, the second where there are any."""
+        return {"params": self.params} | (
+            {"batch_stats": self.batch_stats} if self.batch_stats else {}
+        )
+
+    def leaves(self):
+        """All leaves of the base in one tree."""
+        return tree.join(self.params, self.batch_stats)
+
 
 class Files(NamedTuple):
-    """The tensors of a directory: our name of each -> (file, its name there)."""
+    """The tensors of a model's files: our name of each -> where it lies."""
 
     where: dict
     folder: Path
 
 
 def shapes(model):
-    """The base tree as shapes; nothing is computed."""
-    key = jax.random.key(0)
-    return jax.eval_shape(model.module.init, key, model.dummy)["params"]
+    """The base tree, its running statistics included, as shapes; nothing is computed."""
+    made = jax.eval_shape(model.module.init, jax.random.key(0), model.dummy)
+    return tree.join(made["params"], made.get("batch_stats", {}))
 
 
 def load(model, key, *, dtype=None, sharding=None):
@@ -54,7 +64,7 @@ def load(model, key, *, dtype=None, sharding=None):
     sharding = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     files = index(model)
     expected = tree.flatten(shapes(model))
-    params, fresh, used = {}, [], set()
+    leaves, fresh, used = {}, [], set()
     for leaf in model.names.leaves:
         shape = expected[leaf.path].shape
         keys = [leaf.file.format(layer) for layer in model.names.layers_of(leaf.path)]
@@ -63,53 +73,31 @@ def load(model, key, *, dtype=None, sharding=None):
             continue
         used.update(keys)
         read = _reader(files, leaf, keys, shape, np.dtype(dtype(leaf.path)))
-        params[leaf.path] = jax.make_array_from_callback(shape, sharding(leaf.path, shape), read)
-    params |= _initialise(model, key, tuple(fresh), dtype, sharding)
+        leaves[leaf.path] = jax.make_array_from_callback(shape, sharding(leaf.path, shape), read)
+    leaves |= _initialise(model, key, tuple(fresh), dtype, sharding)
     left = sorted(set(files.where) - used)
     replaced = {leaf.file for leaf in model.names.leaves if leaf.path in fresh}
-    ignored = [name for name in left if name.startswith(model.ignored) or name in replaced]
+    without = (*model.ignored, *replaced)
+    ignored = [name for name in left if name.startswith(without) or name.endswith(COUNTERS)]
     unknown = [name for name in left if name not in ignored]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise Mistake(f"{files.folder}: the model has no place for tensor {unknown[0]!r}{more}")
-    return Loaded(tree.unflatten(params), tuple(fresh), tuple(ignored))
+    statistics = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
+    batch_stats, params = tree.split(tree.unflatten(leaves), statistics.__contains__)
+    return Loaded(params, batch_stats, tuple(fresh), tuple(ignored))
 
 
 def index(model):
-    """`Files` of a model's folder: one model.safetensors or the shards its index names."""
-    folder = model.folder
-    shards = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        paths = [folder / "model.safetensors"]
-    elif shards.is_file():
-        paths = [folder / name for name in _shard_names(shards)]
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise Mistake(f"{folder}: pickled weights (.bin) are refused; convert them to safetensors")
-    else:
-        raise Mistake(f"{folder}: no model.safetensors")
-    where = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found = file.keys()
-                where |= {_plain(name, model.names.prefix): (path, name) for name in found}
-        except (SafetensorError, OSError) as error:
-            raise Mistake(f"{path}: {error}") from None
-    return Files(where, folder)
-
-
-def _shard_names(index):
-    """The files that a model.safetensors.index.json names."""
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{index}: no index of shards: {error}") from None
+    """`Files` of a model."""
+    found = tensors.index(model.folder)
+    return Files({_plain(name, model.names.prefix): at for name, at in found.items()}, model.folder)
 
 
 def fingerprint(model):
     """SHA-256 over the weights files (names, shapes and bytes), before any cast."""
     digest = hashlib.sha256()
-    for path in sorted({path for path, _ in index(model).where.values()}):
+    for path in sorted(tensors.paths(model.folder)):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -133,35 +121,40 @@ def _missing(files, leaf, keys, shape):
         raise Mistake(f"{files.folder}: tensor {absent[0]!r} is missing")
     if absent:
         return True
+    want = names.in_file(leaf.layout, shape[1:] if _is_stacked(leaf) else shape)
+    if leaf.part:
+        want = (want[0] * leaf.part[1], *want[1:])
     for key in keys:
-        path, name = files.where[key]
-        with safe_open(path, framework="numpy") as file:
-            found = tuple(file.get_slice(name).get_shape())
-        want = shape[1:] if leaf.path.startswith("layers/") else shape
-        want = want[::-1] if leaf.layout == "transpose" else want
-        if found != want and leaf.path.startswith("classifier/"):
+        tensor = files.where[key]
+        if tensor.shape != want and leaf.path.startswith("classifier/"):
             return True  # the head of another task
-        if found != want:
+        if tensor.shape != want:
             needs = f"the model needs {list(want)}"
-            raise Mistake(f"{path}: tensor {name!r} has shape {list(found)}, {needs}")
+            found = list(tensor.shape)
+            raise Mistake(f"{tensor.file}: tensor {tensor.name!r} has shape {found}, {needs}")
     return False
+
+
+def _is_stacked(leaf):
+    return leaf.path.startswith("layers/")
 
 
 def _reader(files, leaf, keys, shape, dtype):
     """The callback of one leaf: reads the slices one device asks for, in our layout."""
-    stacked = leaf.path.startswith("layers/")
+    own = shape[1:] if _is_stacked(leaf) else shape
+    skipped = names.in_file(leaf.layout, own)[0] * leaf.part[0] if leaf.part else 0
 
     def one(key, cut):
-        path, name = files.where[key]
-        with safe_open(path, framework="numpy") as file:
-            tensor = file.get_slice(name)
-            if leaf.layout == "transpose":
-                return tensor[cut[::-1]].T.astype(dtype)
-            return tensor[cut].astype(dtype)
+        path, name, _ = files.where[key]
+        cut = names.in_file(leaf.layout, cut)
+        if skipped:
+            cut = (slice(cut[0].start + skipped, cut[0].stop + skipped), *cut[1:])
+        with tensors.opened(path) as file:
+            return names.from_file(leaf.layout, file.read(name, cut)).astype(dtype)
 
     def read(cut):
         cut = tuple(slice(*s.indices(n)[:2]) for s, n in zip(cut, shape, strict=True))
-        if not stacked:
+        if not _is_stacked(leaf):
             return one(keys[0], cut)
         return np.stack([one(key, cut[1:]) for key in keys[cut[0]]])
 

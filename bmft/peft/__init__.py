@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from bmft.errors import Mistake, nearest
 
 # Label of the leaves that the task's head, or nobody, claims.
 HEAD = "head"
+# Collections of variables that a model has by itself.
+BASE = ("params", "batch_stats")
 
 
 class Method(NamedTuple):
@@ -103,14 +106,16 @@ def dropout(module, x, rate):
 
 
 class Attached(NamedTuple):
-    add: Callable  # (key, params) -> {"peft": ..., "peft_const": ...}
-    apply: Callable  # (variables, batch, *, train=False, key=None, adapter=True) -> outputs
+    add: Callable  # (key, {"params": ...}) -> {"peft": ..., "peft_const": ...}
+    # (variables, batch, *, train=False, key=None, adapter=True, seen=None) -> outputs
+    apply: Callable
 
 
 def attach(methods, model):
     """`add` and `apply` of a model with methods in it; the only place that enters the interceptor.
 
-    apply draws dropout from `key` when train is true; without train it is deterministic.
+    apply draws dropout from `key` when train is true; without train it is deterministic. The
+    statistics of the batch that BatchNorm saw in training are appended to the list `seen`.
     """
     hooks = [method.hook for method in methods if method.hook]
     fixed = constants(methods)
@@ -122,22 +127,26 @@ def attach(methods, model):
             call = partial(hook, context.module, call)
         return call(*args, **kwargs)
 
-    def hooked(variables, batch, rngs, train=False, mutable=False):
-        with nn.intercept_methods(around):
+    def run(adapter, variables, batch, rngs, train=False, mutable=False):
+        entered = nn.intercept_methods(around) if adapter and hooks else nullcontext()
+        with entered:
             return model.module.apply(variables, batch, train, rngs=rngs, mutable=mutable)
 
-    def add(key, params):
-        """The leaves the methods add, made on the loaded weights so that hooks see real kernels."""
-        made = hooked({"params": params, **fixed}, model.dummy, {"peft": key}, mutable=["peft"])[1]
+    def add(key, base):
+        """The leaves the methods add, made on the loaded variables: hooks see real kernels."""
+        made = run(True, {**base, **fixed}, model.dummy, {"peft": key}, mutable=["peft"])[1]
         return {"peft": made.get("peft", {})} | fixed
 
-    def apply(variables, batch, *, train=False, key=None, adapter=True):
+    def apply(variables, batch, *, train=False, key=None, adapter=True, seen=None):
         streams = ("dropout", "peft") if train else ()
         rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(streams)}
         if not (adapter and hooks):
-            base = {"params": variables["params"]}
-            return model.module.apply(base, batch, train, rngs=rngs)
-        return hooked(variables, batch, rngs, train)
+            variables = {name: variables[name] for name in BASE if name in variables}
+        if not train or seen is None:
+            return run(adapter, variables, batch, rngs, train)
+        outputs, statistics = run(adapter, variables, batch, rngs, train, ["batch_stats"])
+        seen.append(statistics)
+        return outputs
 
     return Attached(add, apply)
 
@@ -205,15 +214,19 @@ def moving_rows(methods, path):
     return masks[0] if masks else None
 
 
-def lowest_moving_layer(methods, paths, depth):
-    """The lowest layer in which one of the moving leaves at `paths` lies: `depth` if it is none,
-    0 if one of them comes before the stack."""
-    lowest = depth
+def first_moving_piece(methods, paths, names):
+    """The first piece of a model (a stage, or a layer of the stack) in which one of the moving
+    leaves at `paths` lies: the number of pieces if it is none, 0 if one comes before the stack."""
+    pieces = names.stages or range(names.layers)
+    first = len(pieces)
     for path in paths:
         _, _, where = path.partition("/")
         if where.startswith("embeddings/"):
             return 0
         if where.startswith("layers/"):
             mask = moving_rows(methods, path)
-            lowest = min(lowest, 0 if mask is None else int(mask.argmax()))
-    return lowest
+            first = min(first, 0 if mask is None else int(mask.argmax()))
+        for number, stage in enumerate(names.stages):
+            if tree.under(where, [stage]):
+                first = min(first, number)
+    return first

@@ -196,15 +196,15 @@ def read(folder, model, *, fingerprint=None):
     return Adapter(methods, names, groups, leaves, rows, _labels(about), folder / TENSORS)
 
 
-def insert(adapter, params, fresh=()):
-    """Variables {"params", "peft", "peft_const"} of a loaded base tree and an `Adapter` for it.
+def insert(adapter, base, fresh=()):
+    """All variables of a loaded base (`Loaded.variables`) and an `Adapter` for it.
 
     fresh: paths that no base file had; Mistake if the adapter has them neither.
     """
     lost = [path for path in fresh if f"params/{path}" not in adapter.leaves]
     if lost:
         raise Mistake(f"{adapter.file}: has no {lost[0]}, and nor has the base: it would be random")
-    flat = tree.flatten({"params": params, **peft.constants(adapter.methods)})
+    flat = tree.flatten({**base, **peft.constants(adapter.methods)})
     for path, leaf in adapter.leaves.items():
         if path in adapter.rows:
             mask = adapter.rows[path].reshape(-1, *[1] * (leaf.ndim - 1))
@@ -222,14 +222,14 @@ def _decode(folder, fields, tensors, model):
         own = [OWN + name.upper() for name in peft.names()]
         near = nearest(fields["peft_type"], [*types, *own])
         raise Mistake(f"{file}: peft_type {fields['peft_type']!r} is not known here; {near}")
-    name = types[fields["peft_type"]]
+    name, spoken = types[fields["peft_type"]], portable.dialect(model.names, tensors)
     try:
         settings = _settings(fields, layouts[name])
-        groups = {name: layouts[name].arguments(settings, model.names)}
+        groups = {name: layouts[name].arguments(settings, spoken)}
         methods = peft.build(model, (name,), groups)
     except Mistake as mistake:
         raise Mistake(f"{file}: {mistake}") from None
-    saved = settings["modules_to_save"]
+    saved, model = settings["modules_to_save"], model._replace(names=spoken)
     return methods, groups, *portable.decode(methods[0], model, tensors, saved, folder / TENSORS)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from bmft import peft, tree
 from bmft.errors import Mistake, nearest
+from bmft.names import from_file, in_file, to_file
 from bmft.peft import matching
 
 PREFIX = "base_model.model."
@@ -26,7 +27,7 @@ def encode(method, names, moving, frozen):
     still, tensors = tree.flatten(frozen.get("params", {})), {}
     for key, (leaf, layer) in slots.items():
         array = np.asarray(params[leaf.path] if leaf.path in params else still[leaf.path])
-        tensors[key] = _turned(leaf, array if layer is None else array[layer])
+        tensors[key] = to_file(_layout(leaf), array if layer is None else array[layer])
     added, constants = moving.get("peft", {}), frozen.get("peft_const", {})
     tensors |= _encode_added(method, names, added, constants)
     heads = sorted({names.full(leaf).partition(".")[0] for leaf in names.leaves if leaf.top})
@@ -35,8 +36,20 @@ def encode(method, names, moving, frozen):
     return own.settings | where | {"modules_to_save": saved}, tensors
 
 
+def dialect(names, keys):
+    """The names table in that spelling of transformers' modules which the keys of an adapter have:
+    the newest of those that know the most of them."""
+
+    def known(table):
+        modules = tuple(f"{PREFIX}{name}." for name in matching.modules(table))
+        return sum(key.startswith(modules) for key in keys)
+
+    return max(names.dialects(), key=known)
+
+
 def decode(method, model, tensors, modules_to_save, file):
-    """(leaves, rows) of bmft.peft.files.Adapter from the {key: tensor} of a file.
+    """(leaves, rows) of bmft.peft.files.Adapter from the {key: tensor} of a file; the model's names
+    are in the file's dialect.
 
     Raises Mistake, naming file and key, unless the keys and shapes are exactly the method's.
     """
@@ -56,11 +69,12 @@ def decode(method, model, tensors, modules_to_save, file):
     for key, (leaf, layer) in slots.items():
         path = f"params/{leaf.path}"
         if layer is None:
-            leaves[path] = _turned(leaf, tensors[key])
+            leaves[path] = from_file(_layout(leaf), tensors[key])
             continue
         leaves.setdefault(path, np.zeros(base[leaf.path].shape, np.float32))
         rows.setdefault(path, np.zeros(names.layers, bool))
-        leaves[path][layer], rows[path][layer] = _turned(leaf, tensors[key]), True
+        leaves[path][layer] = from_file(_layout(leaf), tensors[key])
+        rows[path][layer] = True
     leaves |= _decode_added(method, names, added, tensors)
     return leaves, {path: mask for path, mask in rows.items() if not mask.all()}
 
@@ -68,9 +82,10 @@ def decode(method, model, tensors, modules_to_save, file):
 def expected(methods, model):
     """The shapes of the base tree and of what `methods` add: ({path: shape}, {path: shape})."""
     key = jax.random.key(0)
-    base = jax.eval_shape(model.module.init, key, model.dummy)["params"]
+    base = jax.eval_shape(model.module.init, key, model.dummy)
     added = jax.eval_shape(peft.attach(methods, model).add, key, base)["peft"]
-    return tree.flatten(base), tree.flatten(added)
+    leaves = tree.join(*(base[name] for name in peft.BASE if name in base))
+    return tree.flatten(leaves), tree.flatten(added)
 
 
 def check(wanted, tensors, file, may_have=()):
@@ -143,15 +158,13 @@ def _check_complete(method, names, params, slots):
             assert not moved or (path, layer) in placed, f"{path}, layer {layer}, would be lost"
 
 
-def _turned(leaf, array):
-    """Our layout of one layer's leaf <-> the file's."""
-    return array.T if leaf.layout == "transpose" else array
+def _layout(leaf):
+    return leaf.written_layout or leaf.layout
 
 
 def _shape(leaf, layer, shape):
     """The shape of a leaf of a layer in the file."""
-    shape = shape if layer is None else shape[1:]
-    return shape[::-1] if leaf.layout == "transpose" else shape
+    return in_file(_layout(leaf), shape if layer is None else shape[1:])
 
 
 def _copies(keys, wanted):
