@@ -29,6 +29,20 @@ def read(identifier, directory, columns_of, wanted):
     directory: a copy of the repository on disk, read instead of the Hub. columns_of, wanted: as for
     `tfds.read`. The numbers are the column `idx`, which GLUE has. Raises Mistake.
     """
+    paths_of, names = find(identifier, directory)
+    found = {}
+    for split, paths in paths_of.items():
+        if wanted(split):
+            columns, labelled = columns_of(split)
+            found[split] = _read_split(paths, f"hub:{identifier} {split}", columns, labelled, names)
+    return found
+
+
+def find(identifier, directory):
+    """({split: its Parquet files in order}, {column: names of its classes, as README.md has them}).
+
+    identifier, directory: as for `read`. Raises Mistake.
+    """
     repository, config = split_identifier(identifier)
     if directory is not None:
         folder = pathlib.Path(directory).expanduser()
@@ -37,12 +51,7 @@ def read(identifier, directory, columns_of, wanted):
     else:
         folder = _download(repository, config)
     config = _config(folder, config, f"hub:{repository}")
-    found, names = {}, _card_names(folder, config)
-    for split, paths in _files_of_splits(folder, config, f"hub:{repository}").items():
-        if wanted(split):
-            columns, labelled = columns_of(split)
-            found[split] = _read_split(paths, f"hub:{identifier} {split}", columns, labelled, names)
-    return found
+    return _files_of_splits(folder, config, f"hub:{repository}"), _card_names(folder, config)
 
 
 def split_identifier(identifier):

@@ -27,14 +27,21 @@ def read(name, directory, columns_of, wanted):
     of one version. columns_of(split) -> (Columns, is a label required). wanted(split) -> whether to
     read it. The numbers are the feature `idx`, which GLUE has.
     """
-    folder = _prepared(name, directory) or _prepare(name, directory)
-    builder = _builder(folder)
+    builder = find(name, directory)
     found = {}
     for split in builder.info.splits:
         if wanted(split):
             columns, labelled = columns_of(split)
             found[split] = _read_split(builder, name, split, columns, labelled)
     return found
+
+
+def find(name, directory):
+    """The builder of the data set `name`, which is downloaded and prepared if it is not on disk.
+
+    directory: as for `read`. Raises Mistake.
+    """
+    return _builder(_prepared(name, directory) or _prepare(name, directory))
 
 
 def _prepared(name, directory):
@@ -109,12 +116,16 @@ def _cannot_prepare(name, root, error):
         f"import tensorflow_datasets as tfds; {module}"
         f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
     )
-    files = "data.name=files"
+    files = "data.name=files, for images folders or npz"
     if name.startswith("glue/"):
         files = "data.dir may be a folder with GLUE's own train.tsv, dev.tsv and test.tsv"
+    reason, where = str(error), "where there is a network"
+    if isinstance(error, ImportError):  # TFDS needs TensorFlow to encode arrays as images
+        reason = reason.strip().rpartition("\n")[2]  # above it, the whole example
+        where = "where there is a network and that package"
     return Mistake(
-        f"{name!r} is not in {str(root)!r} and cannot be downloaded ({str(error):.200}); "
-        f'where there is a network run python -c "{program}" and copy ~/tensorflow_datasets/{name} '
+        f"{name!r} is not in {str(root)!r} and cannot be downloaded or prepared ({reason:.200}); "
+        f'{where} run python -c "{program}" and copy ~/tensorflow_datasets/{name} '
         f"to {str(root / name)!r}; or read files: {files}"
     )
 
@@ -142,19 +153,33 @@ def _read_split(builder, name, split, columns, labelled):
     source, features = f"{name} {split}", builder.info.features
     features = {column: features[column] for column in features}
     table.check(features, columns, source, labelled=labelled)
-    data = {column: [] for column in (*columns, "idx") if column in features}
+    wanted = [column for column in (*columns, "idx") if column in features]
+    _, data = records(builder, split, wanted, source)
+    names = tuple(getattr(features.get(columns.label), "names", ())) or None
+    found = table.build(data, columns, source, names=names, labelled=labelled)
+    return found, data.get("idx")
+
+
+def records(builder, split, columns, source, encoded=(), chunk=CHUNK):
+    """(the records of a split, for reading one by one; {column: list of values} of `columns`).
+
+    encoded: names of features that are given as they are stored, images for instance. chunk: how
+    many records are in memory at a time. Raises Mistake.
+    """
+    import tensorflow_datasets as tfds
+
+    data = {column: [] for column in columns}
+    decoders = {name: tfds.decode.SkipDecoding() for name in encoded} or None
     try:
-        records = builder.as_data_source(split)
-        for start in range(0, len(records), CHUNK):
-            rows = range(start, min(start + CHUNK, len(records)))
-            for record in records.__getitems__(list(rows)):
+        found = builder.as_data_source(split, decoders=decoders)
+        for start in range(0, len(found), chunk):
+            rows = range(start, min(start + chunk, len(found)))
+            for record in found.__getitems__(list(rows)):
                 for column, values in data.items():
                     values.append(_plain(record[column]))
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise Mistake(f"{source}: cannot read {str(builder.data_path)!r}: {error}") from None
-    names = tuple(getattr(features.get(columns.label), "names", ())) or None
-    found = table.build(data, columns, source, names=names, labelled=labelled)
-    return found, data.get("idx")
+    return found, data
 
 
 def _plain(value):
