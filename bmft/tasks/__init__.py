@@ -16,7 +16,9 @@ class Task(NamedTuple):
     """Pure functions and facts, made by make(tables, **the task's own config group).
 
     forward(batch, *, train) -> logits float32 [R, K, num_outputs] is the model with its variables
-    bound; batch is what `bmft.data.batches` makes. n is the number of examples of a split.
+    bound; batch is what `bmft.data.batches` makes, for images `bmft.data.image_batches`, whose
+    arrays, and so the logits, have one axis of rows, not R and K. n is the number of examples of a
+    split.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Task(NamedTuple):
     outputs: Callable[..., dict]  # (forward, batch) -> {name: [R, K, ...]}
     metrics: Callable[..., dict]  # (outputs {name: numpy [n, ...]}, targets) -> {metric: float}
     decode: Callable[[dict], list]  # outputs {name: numpy [n, ...]} -> a dict an example
+    view: Callable | None = None  # batch -> batch as evaluation sees it; None: as it comes
+    deterministic: bool = True  # training sees each example as evaluation does, every time
 
 
 def get(name):

@@ -8,16 +8,14 @@ says.
 import math
 from collections import Counter
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 import scipy.stats
 import sklearn.metrics
 
 from bmft.data import glue
-from bmft.errors import Mistake, nearest
-from bmft.tasks import Task
+from bmft.errors import Mistake
+from bmft.tasks import Task, classes
 
 MOST_CLASSES = (
     1000  # more are hardly classes but a wrong column, unless the source or task.labels names them
@@ -48,13 +46,10 @@ def make(
             raise Mistake(f"glue/{benchmark} has labels of its own: {expected or 'numbers'}")
         labels, regression = expected, expected is None
     if not regression:
-        labels = _check_labels(labels) if labels else _labels_of(tables)
+        labels = classes.check_labels(labels) if labels else _labels_of(tables)
+        classes.check_loss(labels, label_smoothing, class_weights)
     elif labels or class_weights or label_smoothing:
         raise Mistake("task: labels, class_weights and label_smoothing do not go with a regression")
-    if not 0 <= label_smoothing < 1:
-        raise Mistake(f"task.label_smoothing={label_smoothing} is not in [0, 1)")
-    if class_weights is not None:
-        _check_class_weights(class_weights, labels)
 
     metric, directions = _metric_names(benchmark, labels)
     return Task(
@@ -64,7 +59,7 @@ def make(
         heads=("classifier/**",),
         metric=metric,
         directions=directions,
-        targets=lambda table: _targets(table, labels),
+        targets=_numbers if labels is None else lambda table: classes.targets(table, labels),
         loss=squared_error if labels is None else cross_entropy(label_smoothing, class_weights),
         outputs=lambda forward, batch: {"logits": forward(batch, train=False)},
         metrics=lambda outputs, targets: _metrics(outputs["logits"], targets, labels, directions),
@@ -76,22 +71,12 @@ def make(
 
 
 def cross_entropy(label_smoothing=0.0, class_weights=None):
-    """loss(forward, batch, key) -> (sum, weight), {examples}: torch's F.cross_entropy is
-    sum / weight.
-
-    (1 - s) * w[y] * -log p[y]  +  s / C * sum over c of w[c] * -log p[c],  weight w[y]
-    """
+    """loss(forward, batch, key) -> (sum, weight), {examples}, as `classes.cross_entropy`."""
 
     def loss(forward, batch, key):
         logits, labels, real = forward(batch, train=True), batch["labels"], batch["weights"]
-        # Empty slots hold the logits of whatever token was read there: not even a NaN may get out.
-        logits = jnp.where(real[..., None] > 0, logits.astype(jnp.float32), 0.0)
-        costs = -jax.nn.log_softmax(logits)
-        weights = jnp.ones(logits.shape[-1]) if class_weights is None else jnp.array(class_weights)
-        costs = costs * weights
-        own = jnp.take_along_axis(costs, labels[..., None], -1)[..., 0]
-        each = (1 - label_smoothing) * own + label_smoothing * costs.mean(-1)
-        return ((each * real).sum(), (weights[labels] * real).sum()), {"examples": real.sum()}
+        sums = classes.cross_entropy(logits, labels, real, label_smoothing, class_weights)
+        return sums, {"examples": real.sum()}
 
     return loss
 
@@ -109,14 +94,10 @@ def squared_error(forward, batch, key):
 
 def _labels_of(tables):
     """Names of the classes, from the training split."""
-    table = tables.get("train")
-    if table is None or table.labels is None:
-        raise Mistake(
-            "no labelled training split says what the classes are; name them: task.labels"
-        )
+    table = classes.training_table(tables)
     if table.names is not None:
         return table.names
-    found = Counter(map(_name, table.labels))
+    found = Counter(map(classes.name_of, table.labels))
     names = list(found)
     if all(_is_whole(name) for name in names):
         names.sort(key=int)
@@ -132,57 +113,18 @@ def _labels_of(tables):
             f"{table.source}: {len(names)} different labels in {table.size} examples, such as "
             f"{names[0]!r}: is data.label the right column? If so, name them: task.labels"
         )
-    return _check_labels(tuple(names))
+    return classes.check_labels(names)
 
 
-def _check_labels(names):
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise Mistake(f"task.labels: {twice[0]!r} comes twice")
-    if len(names) < 2:
-        raise Mistake(f"all labels are {names[0]!r}: there is nothing to tell apart")
-    return tuple(names)
-
-
-def _check_class_weights(class_weights, labels):
-    if len(class_weights) != len(labels):
-        raise Mistake(
-            f"task.class_weights has {len(class_weights)} numbers for {len(labels)} classes: "
-            f"{', '.join(labels[:20])}"
-        )
-    if not all(0 < weight < math.inf for weight in class_weights):
-        raise Mistake(f"task.class_weights={class_weights}: weights are above 0")
-
-
-def _targets(table, labels):
-    """int32 [n] positions in `labels`, or float32 [n] numbers; None for an unlabelled table."""
+def _numbers(table):
+    """float32 [n]: the labels of a regression; None for an unlabelled table."""
     if table.labels is None:
         return None
-    if labels is None:
-        numbers = [_number(label) for label in table.labels]
-        for row, number in enumerate(numbers):
-            if number is None:
-                raise Mistake(f"{table.where(row)}: label {table.labels[row]!r} is no number")
-        return np.array(numbers, np.float32)
-    names = map(_name, table.labels)
-    if table.names is not None:
-        names = (table.names[label] for label in table.labels)
-    position = {name: i for i, name in enumerate(labels)}
-    found = [position.get(name) for name in names]
-    if None in found:
-        row = found.index(None)
-        name = _name(table.labels[row]) if table.names is None else table.names[table.labels[row]]
-        raise Mistake(f"{table.where(row)}: unknown label {name!r}; {nearest(name, labels)}")
-    return np.array(found, np.int32)
-
-
-def _name(label):
-    """A label as the name of a class: 1, 1.0 and "1" are one, true and "true" another."""
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label).strip()
+    numbers = [_number(label) for label in table.labels]
+    for row, number in enumerate(numbers):
+        if number is None:
+            raise Mistake(f"{table.where(row)}: label {table.labels[row]!r} is no number")
+    return np.array(numbers, np.float32)
 
 
 def _is_whole(name):
@@ -235,19 +177,11 @@ def _metrics(logits, targets, labels, wanted):
     return {name: float(found[name]) for name in wanted}
 
 
-def _class_metrics(logits, targets, classes):
+def _class_metrics(logits, targets, count):
     predicted = logits.argmax(-1)
-    log_p = scipy.special.log_softmax(logits, axis=-1)
-    every = np.arange(classes)
-    found = {
-        "loss": -log_p[np.arange(len(targets)), targets].mean(),
-        "accuracy": (predicted == targets).mean(),
-        "matthews": sklearn.metrics.matthews_corrcoef(targets, predicted),
-        "macro_f1": sklearn.metrics.f1_score(
-            targets, predicted, labels=every, average="macro", zero_division=0.0
-        ),
-    }
-    if classes == 2:
+    found = classes.metrics(logits, targets, count)
+    found["matthews"] = sklearn.metrics.matthews_corrcoef(targets, predicted)
+    if count == 2:
         found["f1"] = sklearn.metrics.f1_score(targets, predicted, zero_division=0.0)
     return found
 
@@ -263,15 +197,7 @@ def _regression_metrics(predicted, targets):
 
 def _decode(logits, labels):
     """A dict an example: label, scores {name: probability}, logits; a number has no scores."""
-    logits = np.asarray(logits, np.float32)
-    if labels is None:
-        return [{"label": value, "logits": [value]} for value in logits[:, 0].tolist()]
-    scores = scipy.special.softmax(logits, axis=-1)
-    return [
-        {
-            "label": labels[best],
-            "scores": dict(zip(labels, row.tolist(), strict=True)),
-            "logits": raw.tolist(),
-        }
-        for best, row, raw in zip(logits.argmax(-1), scores, logits, strict=True)
-    ]
+    if labels is not None:
+        return classes.decode(logits, labels)
+    numbers = np.asarray(logits, np.float32)[:, 0].tolist()
+    return [{"label": value, "logits": [value]} for value in numbers]
