@@ -132,12 +132,21 @@ def read_json(folder):
     if model_type is None:
         return _recognize(Path(folder), written)
     _architecture(model_type, folder)  # refused here, before transformers says it at length
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    if model_type not in CONFIG_MAPPING:
+        return written  # one of ours, of a model that transformers has not
     try:
         return AutoConfig.from_pretrained(folder).to_dict() | {"model_type": model_type} | written
     except Exception as error:  # noqa: BLE001 - transformers checks fields in several ways
         raise Mistake(f"{path}: {error}") from None
+
+
+def written_json(model):
+    """What config.json says of a model that we write, but for its labels."""
+    file = _architecture(model.json["model_type"], model.folder)
+    write = getattr(file, "written_config", lambda config, json: json)
+    return write(model.config, model.json)
 
 
 def _json(path):
@@ -153,7 +162,10 @@ def _recognize(folder, written):
         raise Mistake(f"no config.json in {str(folder)!r}: not a Hugging Face model directory")
     shapes = {name: tensor.shape for name, tensor in tensors.index(folder).items()}
     for file in _files():
-        settings = getattr(file, "recognize", lambda shapes: None)(shapes)
+        try:
+            settings = getattr(file, "recognize", lambda shapes: None)(shapes)
+        except Mistake as mistake:
+            raise Mistake(f"{folder}: {mistake}") from None
         if settings is not None:
             return written | settings
     known = sorted({name for file in _files() for name in file.FAMILIES})
