@@ -11,6 +11,9 @@ Anything else stands by our own paths, whole stacks, under the peft_type `BMFT_<
 
     params/layers/mlp/up/bias [l, f]        peft/layers/mlp/adapter_up_kernel [l, m, d]
 
+Running statistics that moved are in either: `running_mean` of a norm that stands there whole, or
+`batch_stats/stem/norm/mean`. An adapter without them leaves the base's.
+
 The base's fingerprint and the label names travel in the metadata, which PEFT does not look at.
 Reading is strict: what is not understood and could change the outputs is refused by its name.
 """
@@ -18,6 +21,7 @@ Reading is strict: what is not understood and could change the outputs is refuse
 import importlib
 import inspect
 import json
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +38,15 @@ from bmft.errors import Mistake, nearest
 from bmft.peft import matching, portable
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-OWN, TASK = "BMFT_", "SEQ_CLS"
+OWN = "BMFT_"
+# PEFT's task_type of text classifiers; it has none for images, which are adapted without, or with
+# the one of encoders.
+TEXT, IMAGES = ("SEQ_CLS", None), (None, "FEATURE_EXTRACTION")
+# The bias of a head's last layer: ours, and as transformers, torchvision and timm call it.
+HEAD_BIAS = (
+    r"params/classifier/out/bias|"
+    r"base_model\.model\.(classifier(\.\d|\.out_proj)?|fc|linear|head)\.bias"
+)
 BASE_KEY, LABELS_KEY = "bmft_base_fingerprint", "bmft_labels"
 
 # What any configuration may say that makes no difference to what a trained adapter computes.
@@ -60,12 +72,19 @@ class Files(NamedTuple):
 
     settings: dict  # the method's fields of adapter_config.json, peft_type among them
     sites: dict  # the modules it is on: {module path: bool [l], or [] outside the stack}
-    modules_to_save: tuple  # as the user wrote them
+    modules_to_save: tuple = ()  # as the user wrote them
     # (module path, layer or None, {leaf name: array}, constants among them)
-    # -> {key after the module's name: tensor}
-    encode: Callable
+    # -> {key after the module's name: tensor}; needed where it adds leaves
+    encode: Callable | None = None
     # (module path, layer or None, {key after the module's name: tensor}) -> {leaf name: array}
-    decode: Callable
+    decode: Callable | None = None
+    kinds: tuple = ("dense", "conv")  # of modules it may be on
+    parts: dict | None = None  # {field: those of `sites` that it means}, beside target_modules
+    by_layer: bool = True  # has its configuration a layers_to_transform?
+    copies: str | None = None  # what PEFT calls the whole copy that it trains of a site, if it does
+    elsewhere: float = 0.0  # what its leaves are in layers that it is not on
+    expressible: Callable | None = None  # model -> can PEFT compute it? None: always
+    own: str | None = None  # BMFT_<own> is its peft_type where PEFT cannot; None: its name
 
 
 class Layout(NamedTuple):
@@ -110,18 +129,21 @@ def write(folder, methods, groups, model, moving, frozen, *, base, fingerprint, 
     methods, groups: as built, and {name: group of the config}; moving, frozen: trees of variables,
     whole on this host; base: what the model is called; labels: names, None where there are none.
     """
+    task, encoded = _tasks(model)[0], None
     if len(methods) == 1 and methods[0].files:
-        settings, tensors = portable.encode(methods[0], model.names, moving, frozen)
-    else:
-        settings, tensors = _encode_own(methods, groups, model, moving, frozen)
-    settings |= {"base_model_name_or_path": base, "task_type": TASK, "inference_mode": True}
+        encoded = portable.encode(methods[0], model, moving, frozen, _implied(task))
+    settings, tensors = encoded or _encode_own(methods, groups, model, moving, frozen)
+    settings |= {"base_model_name_or_path": base, "task_type": task, "inference_mode": True}
     about = {"format": "pt", BASE_KEY: fingerprint}
     if labels is not None:
         about[LABELS_KEY] = json.dumps(list(labels))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes memory as it lies, and a transposed view lies otherwise.
-    laid_out = {key: np.ascontiguousarray(tensor, np.float32) for key, tensor in tensors.items()}
+    laid_out = {
+        key: np.array(tensor, np.int64 if tensor.dtype == np.int64 else np.float32, order="C")
+        for key, tensor in tensors.items()
+    }
     save_file(laid_out, folder / TENSORS, about)
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
@@ -132,16 +154,32 @@ def _encode_own(methods, groups, model, moving, frozen):
     moved = tree.flatten(moving)
     claimed = peft.claims(methods, moved, heads=model.heads)
     settings = {
-        "peft_type": _own_type(names),
+        "peft_type": _own_type(methods),
         "methods": names,
         "groups": {name: _own_group(name, groups.get(name, {})) for name in names},
         # Leaves that no base file had, which moved with the head.
-        "fresh": sorted(path.removeprefix("params/") for path in moved if path not in claimed),
+        "fresh": sorted(
+            path.removeprefix("params/")
+            for path in moved
+            if path.startswith("params/") and path not in claimed
+        ),
     }
     return settings, moved | tree.flatten({"peft_const": frozen.get("peft_const", {})})
 
 
-def _own_type(names):
+def _tasks(model):
+    """The task_types that an adapter of the model may have, the first of which is written."""
+    return IMAGES if "images" in model.dummy else TEXT
+
+
+def _implied(task):
+    """What PEFT takes for modules_to_save of a task_type, whatever the file says."""
+    return matching.HEADS if task == TEXT[0] else ()
+
+
+def _own_type(methods):
+    alone = methods[0].files if len(methods) == 1 else None
+    names = [alone.own] if alone and alone.own else [method.name for method in methods]
     return OWN + "_".join(names).upper()
 
 
@@ -158,14 +196,13 @@ def card(folder):
     """The `Card` of an adapter directory; Mistake if it is none."""
     fields = _read_config(Path(folder))
     about, shapes = _headers(Path(folder) / TENSORS)
-    ends = (".classifier.out_proj.bias", ".classifier.bias", "/classifier/out/bias")
-    outputs = [shapes[key][0] for end in ends for key in shapes if key.endswith(end)]
+    heads = sorted(key for key in shapes if re.fullmatch(HEAD_BIAS, key))
     return Card(
         peft_type=fields["peft_type"],
         base=fields.get("base_model_name_or_path"),
         fingerprint=about.get(BASE_KEY),
         labels=_labels(about),
-        outputs=outputs[0] if outputs else None,
+        outputs=shapes[heads[-1]][0] if heads else None,
     )
 
 
@@ -185,9 +222,10 @@ def read(folder, model, *, fingerprint=None):
             f"{model.name!r}: its weights have the fingerprint {about[BASE_KEY][:12]}, "
             f"these {fingerprint[:12]}"
         )
-    if fields.get("task_type") not in (None, TASK):
-        asked = fields["task_type"]
-        raise Mistake(f"{folder / CONFIG}: task_type {asked!r}; only {TASK!r} is known here")
+    asked, known = fields.get("task_type"), _tasks(model)
+    if asked not in known:
+        known = " and ".join(map(repr, known))
+        raise Mistake(f"{folder / CONFIG}: task_type {asked!r}; {known} are known for {model.name}")
     tensors = _read_tensors(folder / TENSORS)
     own = fields["peft_type"].startswith(OWN)
     decode = _decode_own if own else _decode
@@ -251,7 +289,8 @@ def _settings(fields, layout):
         if not (value is None and not default) and not any(_is(value, kind) for kind in types):
             raise Mistake(f"field {field!r} cannot be {json.dumps(value)}")
         settings[field] = default if value is None else value
-    settings["modules_to_save"] = [*(settings["modules_to_save"] or ()), *matching.HEADS]
+    implied = _implied(fields.get("task_type"))
+    settings["modules_to_save"] = [*(settings["modules_to_save"] or ()), *implied]
     return settings
 
 
@@ -275,15 +314,17 @@ def _decode_own(folder, fields, tensors, model):
     try:
         for name in names:
             peft.get(name)
-        if fields["peft_type"] != _own_type(names):
-            raise Mistake(f"peft_type {fields['peft_type']!r} is not that of methods {names}")
         groups = {name: _from_json(name, groups.get(name, {})) for name in names}
-        methods = peft.build(model, names, groups)
+        methods = peft.build(model, names, groups) if names else ()
+        if not names or fields["peft_type"] != _own_type(methods):
+            raise Mistake(f"peft_type {fields['peft_type']!r} is not that of methods {names}")
     except (TypeError, ValueError, AttributeError) as error:  # values of a wrong type
         raise Mistake(f"{file}: field 'groups': {error}") from None
     except Mistake as mistake:
         raise Mistake(f"{file}: {mistake}") from None
     base, added = portable.expected(methods, model)
+    running = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
+    statistics = {f"batch_stats/{path}": base.pop(path).shape for path in running}
     shapes = {f"params/{path}": leaf.shape for path, leaf in base.items()}
     shapes |= {f"peft/{path}": leaf.shape for path, leaf in added.items()}
     for path in fields["fresh"]:
@@ -293,6 +334,8 @@ def _decode_own(folder, fields, tensors, model):
     wanted = {path: shape for path, shape in shapes.items() if path in claimed}
     constants = tree.flatten(peft.constants(methods))
     wanted |= {path: leaf.shape for path, leaf in constants.items()}
+    if any(path.startswith("batch_stats/") for path in tensors):  # all of them moved, or none
+        wanted |= statistics
     portable.check(wanted, tensors, folder / TENSORS)
     for path, leaf in constants.items():
         if not np.allclose(tensors.pop(path), leaf, rtol=1e-6):

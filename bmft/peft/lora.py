@@ -1,14 +1,15 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) on dense layers, with the options of PEFT.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on dense layers and convolutions, with PEFT's options.
 
     y = base(x) + B(A(dropout(x))) alpha / rank        rsLoRA: alpha / sqrt(rank), arXiv:2312.03732
 
-A is uniform in ±1/sqrt(in) (torch's kaiming with a = sqrt 5, which jax's he_uniform is not), B is
-zero: the adapted model starts as the base. Dropout meets the update's input only. A, B and the
-update are float32, whatever the base computes in.
+A is uniform in ±1/sqrt(fan-in) (torch's kaiming with a = sqrt 5, which jax's he_uniform is not), B
+is zero: the adapted model starts as the base. Dropout meets the update's input only. A, B and the
+update are float32, whatever the base computes in. Convolutions: bmft/peft/convolution.py.
 
 Shapes: l layers of a stack, r the largest rank of a module over its layers.
 
     peft/<module>/lora_a [l, in, r]    peft/<module>/lora_b [l, r, out]
+    peft/<module>/lora_a [kh, kw, in / groups, r]    peft/<module>/lora_b [1, 1, r / groups, out]
     peft_const/<module>/lora_scale [l, r]    the scale; zero past a layer's own rank, and in layers
                                              that are no target, so that it all stays one array
 """
@@ -19,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import names, peft, tree
+from bmft import layers, names, peft, tree
 from bmft.errors import Mistake, nearest
-from bmft.peft import matching
+from bmft.peft import convolution, matching
 from bmft.peft.files import Files, Layout
 
 BIASES = ("none", "all", "lora_only")
+KINDS = ("dense", "conv")
 
 
 def make(
@@ -40,8 +42,13 @@ def make(
     layers_to_transform: tuple[int, ...] | None = None,
     bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
+    grouped: bool = True,
 ):
-    """rank_pattern, alpha_pattern: `pattern=value` by unstacked module name, first match wins."""
+    """rank_pattern, alpha_pattern: `pattern=value` by unstacked module name, first match wins.
+
+    targets: names, `all-linear`, `all-conv`. grouped: A of a convolution in groups is in groups,
+    too, so that it merges; False: it reads all channels, as PEFT's does, and PEFT's are read.
+    """
     _check(rank, alpha, dropout, bias)
     table = model.names
     ranks_by, alphas_by = (
@@ -50,9 +57,8 @@ def make(
     )
     saved = names.saved(table, modules_to_save)
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
-    sites = names.target(
-        table, targets, head=model.heads, layers=layers_to_transform, without=whole
-    )
+    about = {"head": model.heads, "layers": layers_to_transform, "without": whole}
+    sites = names.target(table, targets, kinds=KINDS, **about)
     ranks = _values(table, sites, "rank", ranks_by, rank)
     alphas = _values(table, sites, "alpha", alphas_by, float(alpha))
     scales = {path: alphas[path] / np.maximum(_root(r, rslora), 1) for path, r in ranks.items()}
@@ -62,10 +68,16 @@ def make(
         if path not in sites:
             return out
         x, r = args[0].astype(jnp.float32), ranks[path].max()
-        a = peft.leaf(module, "lora_a", _uniform, (x.shape[-1], r))
-        b = peft.leaf(module, "lora_b", jax.nn.initializers.zeros, (r, out.shape[-1]))
+        on_conv = isinstance(module, layers.Conv)
+        shapes = (x.shape[-1], r), (r, out.shape[-1])
+        if on_conv:
+            shapes = convolution.shapes(module, x.shape[-1], r, grouped)
+        a = peft.leaf(module, "lora_a", convolution.start, shapes[0])
+        b = peft.leaf(module, "lora_b", jax.nn.initializers.zeros, shapes[1])
         scale = module.get_variable("peft_const", "lora_scale")
-        return out + (((peft.dropout(module, x, dropout) @ a) * scale) @ b).astype(out.dtype)
+        x = peft.dropout(module, x, dropout)
+        update = convolution.update(x, a, b, scale, module) if on_conv else ((x @ a) * scale) @ b
+        return out + update.astype(out.dtype)
 
     def moves(path):
         kind, _, base = path.partition("/")
@@ -73,7 +85,7 @@ def make(
             return "lora" if path.rpartition("/")[2] in ("lora_a", "lora_b") else None
         module, _, leaf = base.rpartition("/")
         biased = leaf == "bias" and (bias == "all" or (bias == "lora_only" and module in sites))
-        return "lora" if biased or base in saved else None
+        return "lora" if kind == "params" and (biased or base in saved) else None
 
     def rows(path):
         module, _, leaf = path.partition("/")[2].rpartition("/")
@@ -112,7 +124,14 @@ def make(
         constants={path: {"lora_scale": _scale(ranks[path], scales[path])} for path in sites},
         rows=rows,
         merge=_merge,
-        files=Files(settings, sites, modules_to_save, *_codec(table, sites, ranks, settings)),
+        files=Files(
+            settings,
+            sites,
+            modules_to_save,
+            *_codec(table, sites, ranks, settings),
+            own="CONV_LORA" if _on_conv(table, sites) else "LORA",
+            expressible=lambda model: _in_peft(model, sites, grouped),
+        ),
     )
 
 
@@ -138,11 +157,6 @@ def _root(ranks, rslora):
     return ranks**0.5 if rslora else ranks
 
 
-def _uniform(key, shape, dtype):
-    bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 def _scale(ranks, scales):
     """[l, r] of ranks [l] and scales [l]; [r] of scalars."""
     return np.where(np.arange(ranks.max()) < ranks[..., None], scales[..., None], 0).astype(
@@ -151,21 +165,47 @@ def _scale(ranks, scales):
 
 
 def _merge(params, added):
-    """W + A scale B on every module that has an A; [l, in, out]."""
+    """W + A scale B on every module that has an A; [l, in, out].
+
+    Raises Mistake for PEFT's A on a convolution in groups, which is no change of its kernel."""
     flat, own = tree.flatten(params), tree.flatten(added["peft"])
-    scale = tree.flatten(added["peft_const"])
+    scales = tree.flatten(added["peft_const"])
     for path in [path for path in own if path.endswith("/lora_a")]:
         module = path.removesuffix("/lora_a")
-        update = (own[path] * scale[f"{module}/lora_scale"][..., None, :]) @ own[f"{module}/lora_b"]
-        flat[f"{module}/kernel"] = flat[f"{module}/kernel"] + update
+        kernel, a, b = flat[f"{module}/kernel"], own[path], own[f"{module}/lora_b"]
+        scale = scales[f"{module}/lora_scale"]
+        if a.shape[-2] != kernel.shape[-2]:
+            raise Mistake(
+                f"method 'lora' cannot be merged into plain weights: {module} is a convolution in "
+                f"groups of {kernel.shape[-2]} channels, and its A reads {a.shape[-2]}, as PEFT's"
+            )
+        on_conv = a.ndim - scale.ndim == 3
+        update = convolution.change(a, b, scale) if on_conv else (a * scale[..., None, :]) @ b
+        flat[f"{module}/kernel"] = kernel + update
     return tree.unflatten(flat)
+
+
+def _on_conv(table, sites):
+    """Those of the modules that are convolutions."""
+    return [path for path in table.modules("conv") if path in sites]
+
+
+def _in_peft(model, sites, grouped):
+    """Can PEFT compute it? It leaves a dilation out, and has no A in groups."""
+    on_conv = _on_conv(model.names, sites)
+    found = convolution.geometry(model) if on_conv else {}
+    return not any(
+        found[path].dilation != (1, 1) or (grouped and found[path].groups > 1) for path in on_conv
+    )
 
 
 # --- in PEFT's files -------------------------------------------------------------------------
 
 
 def _codec(table, sites, ranks, settings):
-    """`encode` and `decode` of bmft.peft.files.Files: torch has A [r, in] and B [out, r]."""
+    """`encode` and `decode` of bmft.peft.files.Files: torch has A [r, in] and B [out, r], on a
+    convolution A [r, in, kh, kw] and B [out, r / groups, 1, 1]."""
+    layouts = dict.fromkeys(_on_conv(table, sites), "conv")
     theirs = {
         key: matching.pattern_values(table, sites, settings[f"{key}_pattern"], default, key)
         for key, default in (("rank", settings["r"]), ("alpha", settings["lora_alpha"]))
@@ -180,14 +220,23 @@ def _codec(table, sites, ranks, settings):
         )
         assert theirs["rank"][path][at] == r, (path, layer)
         assert np.allclose(scale[:r], peft_scale) and not scale[r:].any(), (path, layer)
-        return {"lora_A.weight": leaves["lora_a"][:, :r].T, "lora_B.weight": leaves["lora_b"][:r].T}
+        layout, share = layouts.get(path, "transpose"), r / ranks[path].max()
+        a, b = leaves["lora_a"][..., :r], leaves["lora_b"]
+        b = b[..., : round(b.shape[-2] * share), :]
+        return {
+            "lora_A.weight": names.to_file(layout, a),
+            "lora_B.weight": names.to_file(layout, b),
+        }
 
     def decode(path, layer, tensors):
-        a, b = tensors["lora_A.weight"].T, tensors["lora_B.weight"].T
-        padding = int(ranks[path].max()) - len(b)
+        layout = layouts.get(path, "transpose")
+        a, b = (names.from_file(layout, tensors[f"lora_{m}.weight"]) for m in "AB")
+        # To the largest rank over the layers of the stack.
+        missing = int(ranks[path].max()) - a.shape[-1]
+        before = ((0, 0),) * (a.ndim - 2)
         return {
-            "lora_a": np.pad(a, ((0, 0), (0, padding))),
-            "lora_b": np.pad(b, ((0, padding), (0, 0))),
+            "lora_a": np.pad(a, (*before, (0, 0), (0, missing))),
+            "lora_b": np.pad(b, (*before, (0, missing), (0, 0))),
         }
 
     return encode, decode
@@ -202,7 +251,7 @@ def _arguments(fields, table):
     if fields["init_lora_weights"] not in STARTS:
         how = fields["init_lora_weights"]
         raise Mistake(f"init_lora_weights is {how!r}, which changes the base; peft can convert it")
-    sites = matching.targets(table, fields)
+    sites = matching.targets(table, fields, KINDS)
 
     def by_name(field, default):
         values = matching.pattern_values(table, sites, fields[field], default, field)
@@ -227,6 +276,7 @@ def _arguments(fields, table):
         "modules_to_save": matching.full_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
+        "grouped": False,
     }
 
 

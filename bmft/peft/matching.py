@@ -5,11 +5,13 @@ Hugging Face PEFT matches by rules of its own, on transformers' names only (ours
     target_modules      a list: a whole name, or what it ends in after a dot; a text: a regular
                         expression for a whole name; layers_to_transform counts for endings alone
     modules_to_save     what a name ends in, dot or not: `classifier` is `pre_classifier` too
+    feedforward_modules likewise, or a regular expression; of the targets
     rank_pattern        the first regular expression, in the order of the file, that fits the end
 
 A choice of modules is {module path: bool [l]}, bool [] for a module outside the stack.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -18,26 +20,28 @@ from bmft.errors import Mistake
 
 # PEFT trains these in any sequence classifier, whatever modules_to_save says.
 HEADS = ("classifier", "score")
+KINDS = {"dense": "dense layer", "conv": "convolution", "embed": "embedding", "norm": "norm"}
 
 
-def targets(names, fields):
+def targets(names, fields, kinds=("dense", "conv")):
     """The modules a targeted method is put on.
 
     fields: target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save.
-    Raises Mistake where one of them is no dense layer, or there is none.
+    Raises Mistake where one of them is of another kind, or there is none.
     """
     if fields["target_modules"] is None:
         raise Mistake(
             "target_modules is null, which leaves the choice to a table inside peft; "
             "the adapter has to name them"
         )
-    table, dense, hit = modules(names), names.modules("dense"), {}
+    table, known, hit = modules(names), names.modules(*kinds), {}
     for name in [*table, *_holders(table)]:
         if not _is_target(fields, name, names):
             continue
         path, layer = table.get(name, (None, None))
-        if path not in dense:
-            raise Mistake(f"target_modules means {name!r}, which is no dense layer")
+        if path not in known:
+            wanted = " or ".join(KINDS[kind] for kind in kinds)
+            raise Mistake(f"target_modules means {name!r}, which is no {wanted}")
         _mark(hit, names, path, layer)
     if not hit:
         raise Mistake(f"target_modules {fields['target_modules']!r} match no module of the model")
@@ -51,6 +55,23 @@ def saved(names, entries):
     for name, (path, layer) in table.items():
         if any(name == top or name.startswith(top + ".") for top in tops):
             _mark(hit, names, path, layer)
+    return hit
+
+
+def part(names, sites, entries, field):
+    """Those of the modules `sites` that a field like feedforward_modules means."""
+    if entries is None:
+        raise Mistake(
+            f"{field} is null, which leaves the choice to a table inside peft; "
+            "the adapter has to name them"
+        )
+    hit = {}
+    for path, mask in sites.items():
+        for layer in layers(mask):
+            name = names.called(path, layer)[1]
+            by_list = not isinstance(entries, str)
+            if any(map(name.endswith, entries)) if by_list else _fits(entries, name, field, True):
+                _mark(hit, names, path, layer)
     return hit
 
 
@@ -75,39 +96,53 @@ def full_names(names, sites):
 # --- fields that mean given modules ----------------------------------------------------------
 
 
-def spell_targets(names, sites, saved_entries):
+def spell_targets(names, sites, saved_entries, kinds=("dense", "conv"), parts=None, by_layer=True):
     """target_modules and layers_to_transform that PEFT takes for exactly `sites`.
 
     The shortest endings that mean nothing else; whole names where there is none, or where the
-    layers differ by module.
+    layers differ by module; a regular expression where a whole name is the ending of another.
+
+    saved_entries: what PEFT takes for modules_to_save. parts: {field: those of `sites` that it
+    means}: fields beside, whose entries are among the targets. by_layer: is there a
+    layers_to_transform?
     """
     masks = {tuple(mask) for mask in sites.values() if mask.ndim}
     some = None
-    if len(masks) == 1 and not all(*masks):
+    if by_layer and len(masks) == 1 and not all(*masks):
         some = layers(np.array(*masks))
-    entries = set()
-    for path, mask in sites.items():
-        by_ending = mask.all() if some is None else mask.ndim
-        ending = _ending(names, path, sites, saved_entries) if by_ending else None
-        entries |= {ending} if ending else set(full_names(names, {path: mask}))
-    fields = {"target_modules": sorted(entries), "layers_to_transform": some}
-    assert _same(targets(names, fields | _no_other(saved_entries)), sites)
-    return fields
+    parts = parts or {}
+    others = {path: mask & ~_union(parts.values(), path, mask) for path, mask in sites.items()}
+    spelled = {
+        field: _entries(names, chosen, some, saved_entries)
+        for field, chosen in {"target_modules": others, **parts}.items()
+    }
+    spelled["target_modules"] = sorted({entry for listed in spelled.values() for entry in listed})
+    whole = {"target_modules": sites, **parts}
+    whole = {field: _expression(full_names(names, chosen)) for field, chosen in whole.items()}
+    for fields in (spelled | {"layers_to_transform": some}, whole | {"layers_to_transform": None}):
+        got = targets(names, fields | _no_other(saved_entries), kinds)
+        of_parts = {field: part(names, sites, fields[field], field) for field in parts}
+        if _same(got, sites) and all(_same(of_parts[field], parts[field]) for field in parts):
+            return {key: fields[key] for key in fields if by_layer or key != "layers_to_transform"}
+    raise AssertionError(f"no target_modules means {sorted(sites)}")
 
 
-def spell_saved(names, wanted, heads, entries):
-    """modules_to_save that PEFT takes for exactly `wanted`: the given entries if they do.
+def spell_saved(names, wanted, entries, implied):
+    """modules_to_save that PEFT takes for exactly `wanted`; None if there is no such.
 
-    heads: names of the head's topmost modules; they hold modules of `wanted`.
+    The given entries if they do, else the last words of the names, else the whole names. implied:
+    what PEFT takes for entries beside them.
     """
-    table = modules(names)
+    table, heads = modules(names), head_names(names)
     others = {path: mask for path, mask in wanted.items() if path not in head_modules(names)}
-    for rest in (entries, full_names(names, others)):
+    full = full_names(names, others)
+    words = sorted({name.rpartition(".")[2] for name in full})
+    for rest in (entries, words, full):
         spelled = [*heads, *(entry for entry in rest if entry not in heads)]
-        nested = _nested(_saved_tops(table, (*spelled, *HEADS)))
-        if not nested and _same(saved(names, (*spelled, *HEADS)), wanted):
+        nested = _nested(_saved_tops(table, (*spelled, *implied)))
+        if not nested and _same(saved(names, (*spelled, *implied)), wanted):
             return spelled
-    raise AssertionError(f"no modules_to_save means {sorted(wanted)}")
+    return None
 
 
 def spell_pattern(names, sites, given, values, default, field):
@@ -135,7 +170,7 @@ def modules(names):
     """{name in transformers: (path, layer)} of every module that holds leaves."""
     return {
         theirs.format(layer): (path, layer)
-        for path, theirs in names.modules("dense", "embed", "norm").items()
+        for path, theirs in names.modules(*KINDS).items()
         for layer in names.layers_of(path)
     }
 
@@ -144,6 +179,19 @@ def head_modules(names):
     """The modules of the head."""
     paths = {leaf.path.rpartition("/")[0] for leaf in names.leaves if leaf.top}
     return {path: everywhere(names, path) for path in sorted(paths)}
+
+
+def head_names(names):
+    """The topmost names in transformers that hold modules of the head, and no others."""
+    table, heads, tops = modules(names), head_modules(names), set()
+    for name in full_names(names, heads):
+        parts = name.split(".")
+        for top in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
+            held = [path for other, (path, _) in table.items() if _within(other, top)]
+            if all(path in heads for path in held):
+                tops.add(top)
+                break
+    return sorted(tops)
 
 
 def everywhere(names, path):
@@ -223,22 +271,47 @@ def _nested(tops):
     return any(a.startswith(b + ".") for a in tops for b in tops)
 
 
-def _ending(names, path, sites, saved_entries):
-    """The shortest ending that means no other module than those of `sites`; None: none does."""
-    table = modules(names)
-    parts = names.modules("dense")[path].rpartition("{}.")[2].split(".")
-    for start in range(len(parts) - 1, -1, -1):
-        entry = ".".join(parts[start:])
-        fields = {"target_modules": [entry], "layers_to_transform": None} | _no_other(saved_entries)
-        hits = [name for name in [*table, *_holders(table)] if _is_target(fields, name, names)]
-        if all(name in table and table[name][0] in sites for name in hits):
-            return entry
-    return None
+def _entries(names, chosen, some, saved_entries):
+    """Entries of target_modules for the modules `chosen`; some: layers_to_transform beside them."""
+    table, theirs = modules(names), names.modules(*KINDS)
+    known = [*table, *_holders(table)]
+
+    def is_chosen(name):
+        path, layer = table.get(name, (None, None))
+        return path in chosen and (some is not None or bool(chosen[path][at(layer)]))
+
+    @functools.cache
+    def fits(entry):
+        """Does it mean chosen modules alone?"""
+        fields = {"target_modules": [entry], "layers_to_transform": None}
+        fields |= _no_other(saved_entries)
+        return all(is_chosen(name) for name in known if _is_target(fields, name, names))
+
+    entries = set()
+    for path, mask in chosen.items():
+        by_ending = mask.all() if some is None else mask.ndim
+        words = theirs[path].rpartition("{}.")[2].split(".") if by_ending else ()
+        endings = (".".join(words[-n:]) for n in range(1, len(words) + 1))
+        ending = next(filter(fits, endings), None)
+        entries |= {ending} if ending else set(full_names(names, {path: mask}))
+    return sorted(entries)
+
+
+def _expression(full):
+    """A regular expression for exactly these names."""
+    return "|".join(re.escape(name) for name in full)
+
+
+def _union(parts, path, mask):
+    return np.any([part.get(path, np.zeros_like(mask)) for part in parts], axis=0) | (mask & False)
 
 
 def _no_other(saved_entries):
-    saved_entries = (*saved_entries, *HEADS)
     return {"exclude_modules": None, "layers_pattern": None, "modules_to_save": saved_entries}
+
+
+def _within(name, top):
+    return name == top or name.startswith(top + ".")
 
 
 def _ends(name, entry):

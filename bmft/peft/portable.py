@@ -1,8 +1,8 @@
 """A built method's leaves as the tensors of a PEFT adapter, and back.
 
 Which leaves stand there is a function of the modules the method is on, of `bias`, and of the
-modules trained whole: the head, what no base file had, modules_to_save. Writing and reading both
-go by it, so what is written is what is looked for.
+modules trained whole: the head, what no base file had, modules_to_save, and each norm whose running
+statistics moved. Writing and reading both go by it, so what is written is what is looked for.
 """
 
 import re
@@ -16,23 +16,32 @@ from bmft.names import from_file, in_file, to_file
 from bmft.peft import matching
 
 PREFIX = "base_model.model."
+COUNTER = "num_batches_tracked"  # stands beside running statistics in torch; decides nothing here
 
 
-def encode(method, names, moving, frozen):
-    """(fields of adapter_config.json, {key: tensor}) of one method and what moved with it."""
-    own, params = method.files, tree.flatten(moving.get("params", {}))
-    whole = _moved_whole(method, names, params)
-    slots = _slots(names, own.sites, own.settings.get("bias"), whole)
-    _check_complete(method, names, params, slots)
-    still, tensors = tree.flatten(frozen.get("params", {})), {}
+def encode(method, model, moving, frozen, implied):
+    """(fields of adapter_config.json, {key: tensor}) of one method and what moved with it; None if
+    PEFT has no such adapter.
+
+    implied: what PEFT takes for modules_to_save beside those of the file.
+    """
+    own, names = method.files, model.names
+    moved, still = _base(moving), _base(frozen)
+    whole = _moved_whole(method, names, moved)
+    saved = matching.spell_saved(names, whole, own.modules_to_save, implied)
+    if saved is None or (own.expressible and not own.expressible(model)):
+        return None
+    slots = _slots(names, own, whole)
+    _check_complete(method, names, moved, slots)
+    tensors = {key: np.zeros((), np.int64) for key in _counters(slots)}
     for key, (leaf, layer) in slots.items():
-        array = np.asarray(params[leaf.path] if leaf.path in params else still[leaf.path])
+        array = np.asarray(moved[leaf.path] if leaf.path in moved else still[leaf.path])
         tensors[key] = to_file(_layout(leaf), array if layer is None else array[layer])
     added, constants = moving.get("peft", {}), frozen.get("peft_const", {})
     tensors |= _encode_added(method, names, added, constants)
-    heads = sorted({names.full(leaf).partition(".")[0] for leaf in names.leaves if leaf.top})
-    saved = matching.spell_saved(names, whole, heads, own.modules_to_save)
-    where = matching.spell_targets(names, own.sites, saved)
+    where = matching.spell_targets(
+        names, own.sites, (*saved, *implied), own.kinds, own.parts, own.by_layer
+    )
     return own.settings | where | {"modules_to_save": saved}, tensors
 
 
@@ -56,8 +65,8 @@ def decode(method, model, tensors, modules_to_save, file):
     names, own, bias = model.names, method.files, method.files.settings.get("bias")
     base, added = expected((method,), model)
     whole = matching.saved(names, modules_to_save) | matching.head_modules(names)
-    slots = _slots(names, own.sites, bias, whole)
-    wanted = {
+    slots = _slots(names, own, whole)
+    wanted = dict.fromkeys(_counters(slots), ()) | {
         key: _shape(leaf, layer, base[leaf.path].shape) for key, (leaf, layer) in slots.items()
     }
     zeros = tree.unflatten({path: np.zeros(leaf.shape, np.float32) for path, leaf in added.items()})
@@ -67,7 +76,7 @@ def decode(method, model, tensors, modules_to_save, file):
     check(wanted, tensors, file, may_have=_copies(tensors, wanted) if bias == "all" else ())
     leaves, rows = {}, {}
     for key, (leaf, layer) in slots.items():
-        path = f"params/{leaf.path}"
+        path = f"{'batch_stats' if leaf.is_statistic else 'params'}/{leaf.path}"
         if layer is None:
             leaves[path] = from_file(_layout(leaf), tensors[key])
             continue
@@ -109,53 +118,67 @@ def check(wanted, tensors, file, may_have=()):
 # --- leaves of the base ----------------------------------------------------------------------
 
 
-def _slots(names, sites, bias, whole):
+def _base(variables):
+    """{path: leaf} of the base's leaves and running statistics."""
+    params, statistics = (variables.get(name, {}) for name in peft.BASE)
+    return tree.flatten(params) | tree.flatten(statistics)
+
+
+def _slots(names, own, whole):
     """{key: (leaf, layer)} of the base leaves in an adapter.
 
-    whole: modules trained whole {path: bool [l]}; bias: of the others, which biases: all, those of
-    `sites` (lora_only, ...), or none.
+    own: the method's Files, whose `bias` says of which modules the biases are in it: all, those of
+    its sites (lora_only, ...), or none. whole: modules trained whole {path: bool [l]}.
     """
-    slots = {}
+    slots, bias = {}, own.settings.get("bias")
     for leaf in names.leaves:
         module, _, last = leaf.path.rpartition("/")
         for layer in names.layers_of(leaf.path):
-            on_site = _holds(sites, module, layer)
+            on_site = _holds(own.sites, module, layer)
             biased = last == "bias" and (bias == "all" or (bias not in (None, "none") and on_site))
-            if biased or _holds(whole, module, layer):
+            copied = on_site and own.copies
+            if biased or copied or _holds(whole, module, layer):
                 name, _, end = names.full(leaf).format(layer).rpartition(".")
                 # PEFT's module on a site holds the original as base_layer.
-                name += ".base_layer" if on_site else ""
+                name += f".{own.copies or 'base_layer'}" if on_site else ""
                 slots[f"{PREFIX}{name}.{end}"] = leaf, layer
     return slots
+
+
+def _counters(slots):
+    """The keys of torch's counters of batches."""
+    ends = (key.rpartition(".")[0] for key, (leaf, _) in slots.items() if leaf.is_statistic)
+    return {f"{module}.{COUNTER}" for module in ends}
 
 
 def _holds(chosen, module, layer):
     return module in chosen and bool(chosen[module][matching.at(layer)])
 
 
-def _moved_whole(method, names, params):
-    """Modules that moved by more than `bias` says, and the head."""
-    sites, bias = method.files.sites, method.files.settings.get("bias")
+def _moved_whole(method, names, moved):
+    """The head, and modules that moved by more than the method's own leaves and `bias` say."""
+    own, bias = method.files, method.files.settings.get("bias")
     whole = dict(matching.head_modules(names))
-    for path in params:
+    for path in moved:
         module, _, last = path.rpartition("/")
         by_bias = last == "bias" and (
-            bias == "all" or (bias not in (None, "none") and module in sites)
+            bias == "all" or (bias not in (None, "none") and module in own.sites)
         )
-        if not by_bias and module not in whole:
+        by_site = own.copies and module in own.sites
+        if not by_bias and not by_site and module not in whole:
             rows = peft.moving_rows((method,), f"params/{path}")
             whole[module] = matching.everywhere(names, module) if rows is None else rows
     return whole
 
 
-def _check_complete(method, names, params, slots):
+def _check_complete(method, names, moved, slots):
     """Every layer of every leaf that moved has a place in the file."""
     placed = {(leaf.path, layer) for leaf, layer in slots.values()}
-    for path in params:
+    for path in moved:
         rows = peft.moving_rows((method,), f"params/{path}")
         for layer in names.layers_of(path):
-            moved = rows is None or rows[matching.at(layer)]
-            assert not moved or (path, layer) in placed, f"{path}, layer {layer}, would be lost"
+            still = rows is not None and not rows[matching.at(layer)]
+            assert still or (path, layer) in placed, f"{path}, layer {layer}, would be lost"
 
 
 def _layout(leaf):
@@ -203,7 +226,8 @@ def _encode_added(method, names, added, constants):
 
 
 def _decode_added(method, names, added, tensors):
-    leaves = {f"peft/{path}": np.zeros(leaf.shape, np.float32) for path, leaf in added.items()}
+    rest = method.files.elsewhere
+    leaves = {f"peft/{path}": np.full(leaf.shape, rest, np.float32) for path, leaf in added.items()}
     for path in _by_module(added):
         for layer in matching.layers(method.files.sites[path]):
             theirs = PREFIX + names.called(path, layer)[1] + "."
