@@ -24,12 +24,13 @@ def make_outputs(apply, outputs):
     return jax.jit(outputs_of)
 
 
-def over_split(outputs_of, variables, batches, stop=lambda: False):
+def over_split(outputs_of, variables, batches, stop=lambda: False, into=None):
     """{name: numpy [n, ...]} in the order of the split; None if `stop()` became true on the way.
 
+    into: {name: array [n, ...]} to write them to.
     Raises Mistake if an example of the split came in no batch.
     """
-    found, seen = {}, np.zeros(batches.examples, bool)
+    found, seen = dict(into or {}), np.zeros(batches.examples, bool)
     for step in range(len(batches)):
         if stop():
             return None
@@ -39,10 +40,10 @@ def over_split(outputs_of, variables, batches, stop=lambda: False):
         real = index >= 0
         seen[index[real]] = True
         for name, array in rows.items():
-            into = found.setdefault(
-                name, np.zeros((batches.examples, *array.shape[index.ndim :]), array.dtype)
-            )
-            into[index[real]] = array[real]
+            if name not in found:
+                shape = (batches.examples, *array.shape[index.ndim :])
+                found[name] = np.zeros(shape, array.dtype)
+            found[name][index[real]] = array[real]
     if not seen.all():
         raise Mistake(f"{(~seen).sum()} examples of the split were in no batch")
     return found

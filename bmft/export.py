@@ -19,17 +19,19 @@ from bmft.names import to_file
 
 # Keys of config.json that speak of where the base came from, or of the precision it was kept in.
 OF_THE_BASE = ("_name_or_path", "torch_dtype", "transformers_version", "_preprocessor")
+MEAN = "running_mean"  # of torch's BatchNorm, which also counts its batches
 
 
-def adapter(folder, write, tokenizer=None):
-    """An adapter directory: `write(folder)` writes the adapter, the tokenizer lies beside it."""
+def adapter(folder, write, beside=None):
+    """An adapter directory: `write(folder)` writes the adapter; a tokenizer, or what else has
+    `save_pretrained`, lies beside it."""
     with whole(folder) as partial:
         write(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        if beside is not None:
+            beside.save_pretrained(partial)
 
 
-def merged(folder, *, load, merge, moving, frozen, names, settings, labels, tokenizer=None):
+def merged(folder, *, load, merge, moving, frozen, names, settings, labels, beside=None):
     """A directory that transformers loads: the methods folded into plain weights, float32.
 
     load() -> the base tree in float32 with its running statistics, read again from its file, since
@@ -50,8 +52,8 @@ def merged(folder, *, load, merge, moving, frozen, names, settings, labels, toke
         save_file(_tensors(names, params), partial / "model.safetensors", {"format": "pt"})
         text = json.dumps(_config(settings, labels), indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        if beside is not None:
+            beside.save_pretrained(partial)
 
 
 def _tensors(names, params):
@@ -62,20 +64,25 @@ def _tensors(names, params):
             array = np.asarray(params[leaf.path], np.float32)
             array = array if layer is None else array[layer]
             array = to_file(leaf.written_layout or leaf.layout, array)
-            tensors[names.written(leaf).format(layer)] = np.ascontiguousarray(array)
+            name = names.written(leaf).format(layer)
+            tensors[name] = np.ascontiguousarray(array)
+            if name.endswith(MEAN):
+                tensors[name.removesuffix(MEAN) + "num_batches_tracked"] = np.zeros((), np.int64)
     return tensors
 
 
 def _config(settings, labels):
-    """config.json of a sequence classifier with these labels."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
-    )
+    """config.json of a classifier with these labels."""
+    from transformers.models.auto import modeling_auto
 
+    texts = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    images = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    classes = dict(images) | dict(texts)
+    own = [classes[kind] for kind in [settings["model_type"]] if kind in classes]
     written = list(labels) if labels is not None else ["LABEL_0"]
     kept = {key: value for key, value in settings.items() if key not in OF_THE_BASE}
     return kept | {
-        "architectures": [CLASSES[settings["model_type"]]],
+        "architectures": own,
         "dtype": "float32",
         "num_labels": len(written),
         "id2label": {str(i): label for i, label in enumerate(written)},

@@ -55,7 +55,8 @@ def run(
         donated; where there is a checkpoint it only gives structure and shardings.
     step(state, frozen, batch) -> state, metrics: scalars `loss`, `weight` (examples) and others,
         `grad_norms` [moving leaves]. Rows average the scalars by weight, but for `LAST_VALUE`.
-    batches: `.at(step)`, `.steps_per_epoch`, `.padding_share`, `.tokens_per_step`.
+    batches: `.at(step)`, `.steps_per_epoch`, `.padding_share`, `.tokens_per_step` (None:
+        they are no text).
     evaluate(state, frozen, split, stop) -> {name: float}, or None if `stop()`, to be asked before
         each batch, was true: the same evaluation is made again when the run continues.
     metric: (name, "max" or "min"), of the first split that is evaluated on the way.
@@ -223,7 +224,7 @@ class _Loop:
             "steps": progress.step,
             "stopped_early": progress.step < self.plan.total,
             "examples_per_second": pace.examples_per_second,
-            "tokens_per_second": batches.tokens_per_step * pace.steps_per_second,
+            "tokens_per_second": (batches.tokens_per_step or 0.0) * pace.steps_per_second,
             "padding_share": batches.padding_share,
             "compile_seconds": compilations.seconds,
             "compilations": compilations.count,

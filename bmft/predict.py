@@ -2,9 +2,11 @@
 
     ./run.sh -m bmft.predict --run DIR --input FILE.jsonl --output OUT.jsonl
     ./run.sh -m bmft.predict --run DIR --text "what a day" --text "not again"
+    ./run.sh -m bmft.predict --run DIR --image a.png --image b.jpg
     ./run.sh -m bmft.predict --base MODEL [--adapter DIR] --input FILE.tsv --output OUT.jsonl
 
-An output line repeats the input and adds what the task decodes: label, scores, logits. In Python:
+An output line repeats the input and adds what the task decodes: label, scores, logits. For images,
+a file of inputs has the column `image` with paths. In Python:
 `bmft.load(DIR).predict(["what a day"])`.
 """
 
@@ -17,10 +19,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bmft import evaluate, models, peft, sharding, tasks
+from bmft import evaluate, models, peft, prepare_images, sharding, tasks
 from bmft.data import files as data_files
 from bmft.data import text
 from bmft.data.batches import Batches, row_length
+from bmft.data.image_batches import ImageBatches
+from bmft.data.image_table import ImageTable
 from bmft.data.table import Table
 from bmft.errors import Mistake, command
 from bmft.models import weights
@@ -31,11 +35,13 @@ BATCH = 64  # examples
 
 
 class Predictor:
-    """A model that answers; made by `load`."""
+    """A text classifier that answers; made by `load`."""
+
+    takes = "text"
 
     def __init__(self, model, task, methods, variables, settings):
         self.task, self.settings = task, settings  # settings: text, text_pair, max_length
-        self._model, self._variables = model, variables
+        self._variables = variables
         self._tokenizer = models.tokenizer(model)
         apply = peft.attach(methods, model).apply
         self._outputs_of = evaluate.make_outputs(apply, task.outputs)
@@ -75,19 +81,54 @@ class Predictor:
         return Table(texts, [example[1] for example in examples] if wanted == 2 else None)
 
 
+class ImagePredictor:
+    """An image classifier that answers; made by `load`."""
+
+    takes = "image"
+
+    def __init__(self, model, task, methods, variables, preprocessor, to_rgb):
+        self.task, self._variables = task, variables
+        self._preprocessor, self._to_rgb = preprocessor, to_rgb
+        apply = peft.attach(methods, model).apply
+        self._outputs_of = evaluate.make_outputs(apply, task.outputs)
+
+    def predict(self, examples):
+        """A dict an example: `label`, `scores` and `logits`.
+
+        examples: images as paths, bytes of a file, or uint8 arrays [h, w, 3]; or dicts with one
+        under `image`. Raises Mistake for what cannot be read.
+        """
+        if not examples:
+            return []
+        found = [one.get("image") if isinstance(one, dict) else one for one in examples]
+        for row, image in enumerate(found):
+            if not isinstance(image, str | os.PathLike | bytes | np.ndarray):
+                raise Mistake(f"example {row} has no 'image': {examples[row]!r:.80}")
+        found = [Path(image) if isinstance(image, str) else image for image in found]
+        size = min(BATCH, 1 << (len(found) - 1).bit_length())  # calls share few compiled programs
+        batches = ImageBatches(
+            ImageTable(found, to_rgb=self._to_rgb),
+            batch_size=size,
+            resize=self._preprocessor.resize,
+            rows_multiple=size,
+        )
+        return self.task.decode(evaluate.over_split(self._outputs_of, self._variables, batches))
+
+
 def load(where, *, base=None):
-    """The `Predictor` of a run directory, an adapter directory (on `base`, or on the model it
-    names), or a model directory with a trained head. Raises Mistake for anything else."""
+    """The `Predictor` (of images: `ImagePredictor`) of a run directory, an adapter directory (on
+    `base`, or on the model it names), or a model directory with a trained head. Raises Mistake for
+    anything else."""
     where = Path(where)
     if not where.is_dir():
         raise Mistake(f"there is no directory {str(where)!r}")
-    settings = {"text": "text", "text_pair": None, "max_length": None}
+    settings = {"text": "text", "text_pair": None, "max_length": None, "to_rgb": False}
     adapter = where
     record = _run_record(where)
     if record:
         base = base or record["config"]["model"]["name"]
         data = record["config"]["data"]
-        settings = {key: data[key] for key in settings}
+        settings |= {key: data[key] for key in settings if key in data}
         adapter = where / "adapter"
         if not adapter.is_dir():
             raise Mistake(f"{where} has no adapter/: an unfinished run? Run its command again")
@@ -104,7 +145,20 @@ def load(where, *, base=None):
     read = files.read(adapter, model, fingerprint=weights.fingerprint(model))
     variables = files.insert(read, loaded.variables(), loaded.fresh)
     labels = card.labels or (_numbered(card.outputs) if card.outputs > 1 else None)
-    return Predictor(model, _task(labels), read.methods, variables, _limited(settings, model))
+    return _predictor(model, labels, read.methods, variables, settings, adapter)
+
+
+def _predictor(model, labels, methods, variables, settings, folder):
+    """folder: where the tokenizer's or the preprocessor's files lie."""
+    if not prepare_images.takes_images(model):
+        task = tasks.get("text_classification").make({}, labels=labels, regression=labels is None)
+        limit = model.config.max_length
+        settings = settings | {"max_length": min(settings["max_length"] or limit, limit)}
+        return Predictor(model, task, methods, variables, settings)
+    how = prepare_images.read_preprocessor(folder, model)
+    model = prepare_images.standardized(model, how)
+    task = tasks.get("image_classification").make({}, how.size, labels=labels)
+    return ImagePredictor(model, task, methods, variables, how, settings["to_rgb"])
 
 
 def _of_model(folder, settings):
@@ -115,8 +169,8 @@ def _of_model(folder, settings):
     loaded = weights.load(model, jax.random.key(0))
     if loaded.fresh:
         raise Mistake(f"{folder} has no {loaded.fresh[0]}, no trained head; give --adapter")
-    task = _task(labels if len(labels) > 1 else None)
-    return Predictor(model, task, (), loaded.variables(), _limited(settings, model))
+    labels = labels if len(labels) > 1 else None
+    return _predictor(model, labels, (), loaded.variables(), settings, folder)
 
 
 def _run_record(folder):
@@ -130,17 +184,8 @@ def _run_record(folder):
     return record if "experiment" in record else None
 
 
-def _task(labels):
-    return tasks.get("text_classification").make({}, labels=labels, regression=labels is None)
-
-
 def _numbered(count):
     return tuple(f"LABEL_{i}" for i in range(count))
-
-
-def _limited(settings, model):
-    most = model.config.max_length
-    return settings | {"max_length": min(settings["max_length"] or most, most)}
 
 
 def _few_shapes(arrays):
@@ -178,17 +223,21 @@ def main(argv):
     parser.add_argument("--output", help=".jsonl; standard output where it is not given")
     parser.add_argument("--text", action="append", default=[], help="a text; may be given again")
     parser.add_argument("--text-pair", action="append", default=[], help="the second text of each")
+    parser.add_argument("--image", action="append", default=[], help="a file; may be given again")
     options = parser.parse_args(argv)
     where = options.run or options.adapter or options.base
     if where is None or (options.run and (options.base or options.adapter)):
         raise Mistake("give --run DIR, or --base MODEL with or without --adapter DIR")
-    if bool(options.text) == bool(options.input):
-        raise Mistake("give either --input FILE or --text TEXT")
+    if [bool(options.text), bool(options.image), bool(options.input)].count(True) != 1:
+        raise Mistake("give one of --input FILE, --text TEXT, --image FILE")
     if options.adapter:
         files.card(options.adapter)  # a run or a model in its place is a mistake
     sharding.use_all_cores(os.cpu_count())
     examples, shown = _examples(options)
     predictor = load(where, base=options.base if options.adapter else None)
+    given = "text" if options.text else "image" if options.image else predictor.takes
+    if given != predictor.takes:
+        raise Mistake(f"{where} takes {predictor.takes}: give --{predictor.takes}, not --{given}")
     lines = [
         json.dumps({**example, **answer}, ensure_ascii=False) + "\n"
         for example, answer in zip(shown, predictor.predict(examples), strict=True)
@@ -207,6 +256,8 @@ def _examples(options):
         lines = zip(*columns.values(), strict=True)
         rows = [dict(zip(columns, values, strict=True)) for values in lines]
         return rows, rows
+    if options.image:
+        return options.image, [{"image": one} for one in options.image]
     if options.text_pair and len(options.text_pair) != len(options.text):
         raise Mistake(f"{len(options.text)} --text but {len(options.text_pair)} --text-pair")
     if options.text_pair:

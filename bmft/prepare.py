@@ -73,35 +73,44 @@ def exports_missing(config, folder):
     return any(asked and not (folder / name).is_dir() for name, asked in wanted.items())
 
 
-def write_exports(config, folder, model, methods, state, frozen, *, labels, fingerprint):
-    """adapter/ and, if asked for, model/ in a run directory, each with the tokenizer."""
+def write_exports(config, folder, model, methods, state, frozen, *, labels, fingerprint, beside):
+    """adapter/ and, if asked for, model/ in a run directory; each with what `beside` saves there, a
+    tokenizer or a preprocessor of images."""
     moving = evaluate.gather(state.moving | state.stats)
-    constants = evaluate.gather({name: frozen[name] for name in frozen if name not in peft.BASE})
+    still = evaluate.gather(_beside(moving, frozen))
     if jax.process_index() != 0:
         return
-    tokenizer = models.tokenizer(model)
     if config.export.adapter:
         groups = {name: dict(config.peft[name]) for name in config.peft.methods}
 
         def write(partial):
             files.write(
-                partial, methods, groups, model, moving, constants,
+                partial, methods, groups, model, moving, still,
                 base=models.hub_id(model.name), fingerprint=fingerprint, labels=labels,
             )  # fmt: skip
 
-        export.adapter(folder / "adapter", write, tokenizer)
+        export.adapter(folder / "adapter", write, beside)
     if config.export.merged:
         export.merged(
             folder / "model",
             load=lambda: weights.load(model, jax.random.key(0)).leaves(),
             merge=lambda params, added: peft.merge(methods, params, added),
             moving=moving,
-            frozen=constants,
+            frozen=still,
             names=model.names,
-            settings=model.json,
+            settings=models.written_json(model),
             labels=labels,
-            tokenizer=tokenizer,
+            beside=beside,
         )
+
+
+def _beside(moving, frozen):
+    """Of the frozen variables the methods' constants, and leaves of modules that moved in part."""
+    moved = {path.partition("/")[2].rpartition("/")[0] for path in tree.flatten(moving)}
+    params = tree.flatten(frozen.get("params", {}))
+    kept = {path: leaf for path, leaf in params.items() if path.rpartition("/")[0] in moved}
+    constants = {name: frozen[name] for name in frozen if name not in peft.BASE}
+    return constants | {"params": tree.unflatten(kept)}
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -164,6 +173,7 @@ class Fit(NamedTuple):
     """A model with methods in it, ready to train."""
 
     apply: Callable  # of bmft.peft.attach
+    module: Any  # of the model, as it is trained
     momentum: Callable | None  # step -> share by which running statistics move
     state: train.State
     frozen: Any
@@ -182,11 +192,13 @@ def fit(config, model, methods, mesh, steps):
     """
     key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
     whole = sharding.replicated(mesh)
-    may_move = (*model.heads, *weights.FRESH)
+    exact = {*model.heads, *weights.FRESH}
+    # A BatchNorm computes in float32, and is exported whole where its statistics moved.
+    exact |= {leaf.path.rpartition("/")[0] for leaf in model.names.leaves if leaf.is_statistic}
 
     def dtype(path):
         moves = any(method.moves(f"params/{path}") for method in methods)
-        return jnp.float32 if moves or tree.under(path, may_move) else model.module.dtype
+        return jnp.float32 if moves or tree.under(path, exact) else model.module.dtype
 
     loaded = weights.load(model, key, dtype=dtype, sharding=sharding.of_leaf(mesh, model.sharding))
     base = loaded.variables()
@@ -212,7 +224,7 @@ def fit(config, model, methods, mesh, steps):
     rows = _table(variables, labels, stats)
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
     momentum = MOMENTUM[model.config.batch_norm] if stats else None
-    return Fit(apply, momentum, state, frozen, tx, labels, schedules[first], rows, loaded)
+    return Fit(apply, module, momentum, state, frozen, tx, labels, schedules[first], rows, loaded)
 
 
 # How far the running statistics go towards a batch's, by the policy. The first is torch's. The

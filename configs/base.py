@@ -26,9 +26,11 @@ def get_config():
     task.name = "text_classification"  # a file of bmft/tasks/; further keys are its make's
 
     config.data = data = ConfigDict()
-    data.name = "tweets"  # tweets, files, glue/<task>, tfds:<name>, hub:<id>
-    data.dir = placeholder(str)  # where TFDS (or a copy of a Hub data set) lies on disk
-    data.train = placeholder(str)  # data.name files: CSV, TSV, JSONL or Parquet by ending
+    data.name = "tweets"  # texts: tweets, files, glue/<task>; images: digits, npz, folders; both:
+    # tfds:<name>, hub:<id>
+    data.dir = placeholder(str)  # where TFDS, a copy of a Hub data set, or folders of images lie
+    # Files of texts: CSV, TSV, JSONL or Parquet by ending. Images: .npz files, or folders.
+    data.train = placeholder(str)
     data.validation = placeholder(str)
     data.test = placeholder(str)
     data.text = "text"  # column of the (first) text
@@ -37,7 +39,7 @@ def get_config():
     data.max_length = 128  # tokens an example is cut to
     data.row_length = placeholder(int)  # tokens a packed row; None: by platform and data
     data.max_train_examples = placeholder(int)  # the first so many, for learning curves
-    data.cache = placeholder(str)  # tokenized data; None: $BMFT_CACHE or ~/.cache/bmft
+    data.cache = placeholder(str)  # of tokens, features; None: $BMFT_CACHE or ~/.cache/bmft
 
     config.train = train = ConfigDict()
     train.steps = placeholder(int)  # either steps ...

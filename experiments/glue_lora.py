@@ -10,7 +10,7 @@ experiment: what a run does is in `main`, from top to bottom.
 
 import os
 
-from bmft import errors, evaluate, log, loop, prepare, sharding, train, tree
+from bmft import errors, evaluate, log, loop, models, prepare, sharding, train, tree
 from bmft.config import read
 from bmft.data import glue, sources
 from bmft.models import weights
@@ -52,7 +52,8 @@ def main(argv):
         return None if outputs is None else task.metrics(outputs, task.targets(tables[split]))
 
     def leave(state):
-        about = {"labels": task.labels, "fingerprint": base}
+        tokenizer = models.tokenizer(model)
+        about = {"labels": task.labels, "fingerprint": base, "beside": tokenizer}
         prepare.write_exports(config, run.path, model, methods, state, fit.frozen, **about)
 
     if run.finished:
