@@ -241,6 +241,8 @@ def _statistics_move(model):
 
 def _check_identity(apply, variables, model, methods):
     allowed = max(method.identity for method in methods)
+    if model.names.modules("conv"):  # XLA computes one convolution in two programs not to the bit:
+        allowed += 8 * float(jnp.finfo(model.module.dtype).eps)  # 1 of them with vgg16_hed
     found = evaluate.compare_with_base(apply, variables, model.dummy)
     if not found <= allowed:
         names = ", ".join(method.name for method in methods)

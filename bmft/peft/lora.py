@@ -69,11 +69,11 @@ def make(
             return out
         x, r = args[0].astype(jnp.float32), ranks[path].max()
         on_conv = isinstance(module, layers.Conv)
-        shapes = (x.shape[-1], r), (r, out.shape[-1])
+        of_a, of_b = (x.shape[-1], r), (r, out.shape[-1])
         if on_conv:
-            shapes = convolution.shapes(module, x.shape[-1], r, grouped)
-        a = peft.leaf(module, "lora_a", convolution.start, shapes[0])
-        b = peft.leaf(module, "lora_b", jax.nn.initializers.zeros, shapes[1])
+            of_a, of_b = convolution.shapes(module, x.shape[-1], r, grouped)
+        a = peft.leaf(module, "lora_a", convolution.start, of_a)
+        b = peft.leaf(module, "lora_b", jax.nn.initializers.zeros, of_b)
         scale = module.get_variable("peft_const", "lora_scale")
         x = peft.dropout(module, x, dropout)
         update = convolution.update(x, a, b, scale, module) if on_conv else ((x @ a) * scale) @ b
@@ -93,18 +93,10 @@ def make(
             return None if sites[module].all() else sites[module]
         if leaf == "bias" and bias == "all":
             return None
-        masks = [whole.get(module)]
-        if leaf == "bias" and bias == "lora_only":
-            masks.append(sites.get(module))
-        masks = [mask for mask in masks if mask is not None]
+        own = sites.get(module) if leaf == "bias" and bias == "lora_only" else None
+        masks = [mask for mask in (whole.get(module), own) if mask is not None]
         return None if not masks or np.any(masks, axis=0).all() else np.any(masks, axis=0)
 
-    spelled = {
-        "rank_pattern": matching.spell_pattern(table, sites, ranks_by, ranks, rank, "rank_pattern"),
-        "alpha_pattern": matching.spell_pattern(
-            table, sites, alphas_by, alphas, alpha, "alpha_pattern"
-        ),
-    }
     settings = {
         "peft_type": "LORA",
         "r": rank,
@@ -113,10 +105,14 @@ def make(
         "use_rslora": rslora,
         "use_dora": False,
         "bias": bias,
-        **spelled,
+        "rank_pattern": matching.spell_pattern(table, sites, ranks_by, ranks, rank, "rank_pattern"),
+        "alpha_pattern": matching.spell_pattern(
+            table, sites, alphas_by, alphas, alpha, "alpha_pattern"
+        ),
         "init_lora_weights": True,
         "fan_in_fan_out": False,
     }
+    files = _files(table, sites, ranks, settings, modules_to_save, grouped)
     return peft.Method(
         "lora",
         moves,
@@ -124,14 +120,18 @@ def make(
         constants={path: {"lora_scale": _scale(ranks[path], scales[path])} for path in sites},
         rows=rows,
         merge=_merge,
-        files=Files(
-            settings,
-            sites,
-            modules_to_save,
-            *_codec(table, sites, ranks, settings),
-            own="CONV_LORA" if _on_conv(table, sites) else "LORA",
-            expressible=lambda model: _in_peft(model, sites, grouped),
-        ),
+        files=files,
+    )
+
+
+def _files(table, sites, ranks, settings, modules_to_save, grouped):
+    return Files(
+        settings,
+        sites,
+        modules_to_save,
+        *_codec(table, sites, ranks, settings),
+        own="CONV_LORA" if _on_conv(table, sites) else "LORA",
+        expressible=lambda model: _in_peft(model, sites, grouped),
     )
 
 
