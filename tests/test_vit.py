@@ -14,7 +14,7 @@ import tiny_vit
 from safetensors.numpy import load_file, save_file
 from trained import Trained
 
-from bmft import evaluate, models, peft, train, tree
+from bmft import evaluate, models, peft, sharding, train, tree
 from bmft.errors import Mistake
 from bmft.models import vit, vit_timm, weights
 from bmft.peft import files
@@ -202,6 +202,17 @@ def test_timms_tensors_where_they_belong(folders, dialect):
     norm = "fc_norm.weight" if dialect == "pooled" else "norm.weight"
     np.testing.assert_array_equal(loaded.params["norm"]["scale"], tensors[norm])
     assert model.config.mean == (0.4, 0.5, 0.6) and model.config.resample == "bicubic"
+
+
+def test_each_device_reads_its_part_of_fused_tensors(folders):
+    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    model, whole = load(folders["timm"])
+    lies = sharding.of_leaf(mesh, model.sharding)
+    parts = weights.load(model, jax.random.key(0), sharding=lies).params
+    value = parts["layers"]["attention"]["value"]["kernel"]
+    assert {shard.data.shape for shard in value.addressable_shards} == {(3, 12, 12)}
+    for path, leaf in tree.flatten(parts).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(whole.params)[path], err_msg=path)
 
 
 def test_a_file_of_tensors_alone(folders, tmp_path):

@@ -51,10 +51,8 @@ def make(
     """
     _check(rank, alpha, dropout, bias)
     table = model.names
-    ranks_by, alphas_by = (
-        _pattern("rank", rank_pattern, int),
-        _pattern("alpha", alpha_pattern, float),
-    )
+    ranks_by = _pattern("rank", rank_pattern, int)
+    alphas_by = _pattern("alpha", alpha_pattern, float)
     saved = names.saved(table, modules_to_save)
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
     about = {"head": model.heads, "layers": layers_to_transform, "without": whole}

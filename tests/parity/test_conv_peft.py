@@ -13,11 +13,11 @@ import nets
 import numpy as np
 import peft as hf
 import pytest
-import tiny
 import tiny_images
 import torch
 import transformers
 from safetensors.torch import save_file
+from tiny_nets import Fitted, quick
 from torch.nn import functional as F
 
 from bmft import models, names, peft, tree
@@ -54,7 +54,7 @@ class Net:
             save_file(base.state_dict(), folder / "model.safetensors")
         self.folder, self.model = folder, models.find(str(folder), outputs=5)
         self.base = jax.device_get(weights.load(self.model, jax.random.key(0)).variables())
-        self.apply = jax.jit(self.model.module.apply)
+        self.apply = quick(self.model.module.apply)
         self.logits = nets.logits(base, IMAGES)
 
 
@@ -151,7 +151,7 @@ OURS = [
 def test_ours_read_by_peft(found, tmp_path, name, groups, with_statistics):
     """PEFT computes our logits, merges to our weights (where it can), and says the same again."""
     net = found[name]
-    fitted = tiny.Fitted(net.folder, tuple(groups), groups)
+    fitted = Fitted(net.folder, groups)
     moving = moved(fitted)
     variables = tree.join(moving, jax.device_get(fitted.frozen))
     if with_statistics:
@@ -289,7 +289,7 @@ def test_pefts_read_by_us(found, tmp_path, name, kind, settings):
     adapter = files.read(tmp_path / "theirs", net.model)
     variables = files.insert(adapter, net.base)
     apply = peft.attach(adapter.methods, net.model).apply
-    close(jax.jit(apply)(variables, tiny_images.batch()), want, net.logits)
+    close(quick(apply)(variables, tiny_images.batch()), want, net.logits)
     added = {key: variables.get(key, {}) for key in ("peft", "peft_const")}
     grouped = name == "resnext" and kind is hf.LoraConfig
     if grouped:
@@ -381,7 +381,7 @@ def bert(tmp_path_factory):
 
 @pytest.mark.parametrize("groups", BERT_OURS)
 def test_ours_on_bert_read_by_peft(bert, tmp_path, groups):
-    fitted = tiny.Fitted(bert.folder, tuple(groups), groups)
+    fitted = Fitted(bert.folder, groups)
     moving = moved(fitted)
     for path, leaf in tree.flatten(moving).items():  # layers that are not meant stay
         rows = peft.moving_rows(fitted.methods, path)
@@ -403,7 +403,7 @@ def test_pefts_on_bert_read_by_us(bert, tmp_path, config):
     want = hugging.logits(theirs, bert.batch)
     adapter = files.read(tmp_path / "theirs", bert.model)
     variables = files.insert(adapter, bert.base)
-    apply = jax.jit(peft.attach(adapter.methods, bert.model).apply)
+    apply = quick(peft.attach(adapter.methods, bert.model).apply)
     close(apply(variables, bert.packed)[0], want, bert.logits)
     added = {key: variables.get(key, {}) for key in ("peft", "peft_const")}
     merged = peft.merge(adapter.methods, variables["params"], added)

@@ -15,9 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from trained import LABELS, Trained
 
-from bmft import models, peft, tree
+from bmft import export, models, peft, tree
 from bmft.models import vit, weights
-from bmft.names import to_file
 from bmft.peft import files
 
 SIZES = ((20, 20), (28, 28), (12, 36), (4, 24))
@@ -220,31 +219,62 @@ def test_timms_logits(timm):
     close(ours(model, loaded.variables(), images()), want)
 
 
-def test_timms_in_transformers(timm, tmp_path):
-    """What reads the class token is written for transformers, which computes the same."""
-    _, folder, want = timm
+# --- merged models ---------------------------------------------------------------------------
+
+
+def merged(folder, model, loaded, groups):
+    """The logits of methods in a model, which is written into a folder with them folded in."""
+    trained = Trained(model, loaded.params, groups, size=0.1)
+    export.merged(
+        folder,
+        load=loaded.leaves,
+        merge=lambda params, added: peft.merge(trained.methods, params, added),
+        moving=trained.moving,
+        frozen=trained.frozen,
+        names=model.names,
+        settings=models.written_json(model),
+        labels=LABELS,
+    )
+    apply = jax.jit(peft.attach(trained.methods, model).apply)
+    return np.asarray(apply(trained.variables, {"images": images()}))
+
+
+def in_transformers(folder, config):
+    """transformers' logits of a merged model, with the means and deviations of a `Config`."""
+    auto = transformers.AutoModelForImageClassification
+    theirs, told = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs) is CLASSIFIER and theirs.config.id2label == dict(enumerate(LABELS))
+    with torch.no_grad():
+        given = pixels(images(), np.array(config.mean), np.array(config.std))
+        return theirs.eval()(pixel_values=given).logits.numpy()
+
+
+LORA = {"lora": {"rank": 3, "alpha": 7.0, "targets": ("all-linear",), "bias": "all"}}
+
+
+@pytest.mark.parametrize("groups", [LORA, {"full": {}}], ids="+".join)
+def test_merged_models(saved, tmp_path, groups):
+    theirs, folder = saved
+    model, loaded = read(folder)
+    want = merged(tmp_path, model, loaded, groups)
+    assert np.abs(want - logits(theirs, images())).max() > 0.1
+    close(in_transformers(tmp_path, model.config), want)
+
+
+def test_timms_merged_for_transformers(timm, tmp_path):
+    """What reads the class token is written for transformers; what is pooled as timm has it."""
+    _, folder, before = timm
     model, loaded = read(folder)
     if model.config.pooled:
+        assert models.written_json(model)["model_type"] == "timm_vit"
         assert model.names.written(model.names.leaf("norm/scale")) == "fc_norm.weight"
         return
-    tensors, params = {}, tree.flatten(loaded.params)
-    for leaf in model.names.leaves:
-        for layer in model.names.layers_of(leaf.path):
-            array = np.asarray(params[leaf.path][() if layer is None else layer])
-            array = to_file(leaf.written_layout or leaf.layout, array)
-            name = model.names.written(leaf).format(layer)
-            tensors[name] = torch.tensor(np.ascontiguousarray(array))
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    settings = vit.written_config(model.config, model.json)
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_labels": 5}))
-    theirs, told = CLASSIFIER.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    about = model.config
-    with torch.no_grad():
-        given = pixels(images(), np.array(about.mean), np.array(about.std))
-        close(theirs.eval()(pixel_values=given).logits.numpy(), want)
+    want = merged(tmp_path, model, loaded, LORA)
+    assert np.abs(want - before).max() > 0.1
+    close(in_transformers(tmp_path, model.config), want)
     again, same = read(tmp_path, fresh=(), ignored=())
-    assert again.config == about._replace(family="vit")
+    assert again.config == model.config._replace(family="vit")
     close(ours(again, same.variables(), images()), want)
 
 
