@@ -58,16 +58,17 @@ def merged(folder, *, load, merge, moving, frozen, names, settings, labels, besi
 
 def _tensors(names, params):
     """{name in the file: tensor in torch's layout} of a base tree."""
-    tensors = {}
+    parts = {}
     for leaf in names.leaves:
         for layer in names.layers_of(leaf.path):
             array = np.asarray(params[leaf.path], np.float32)
             array = array if layer is None else array[layer]
             array = to_file(leaf.written_layout or leaf.layout, array)
-            name = names.written(leaf).format(layer)
-            tensors[name] = np.ascontiguousarray(array)
-            if name.endswith(MEAN):
-                tensors[name.removesuffix(MEAN) + "num_batches_tracked"] = np.zeros((), np.int64)
+            parts.setdefault(names.written(leaf).format(layer), []).append(array)
+    # Leaves of one name are parts of one tensor, in their order.
+    tensors = {name: np.ascontiguousarray(np.concatenate(p)) for name, p in parts.items()}
+    for name in [name for name in tensors if name.endswith(MEAN)]:
+        tensors[name.removesuffix(MEAN) + "num_batches_tracked"] = np.zeros((), np.int64)
     return tensors
 
 

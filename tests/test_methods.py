@@ -43,7 +43,13 @@ SETTINGS = {
     ],
     "bitfit": [{"variant": "all"}, {"variant": "query_intermediate"}],
 }
-ON_BERT = [("bert", (name,), group) for name in peft.names() for group in SETTINGS.get(name, [{}])]
+NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # tests/test_conv_methods.py, tests/test_vit.py
+ON_BERT = [
+    ("bert", (name,), group)
+    for name in peft.names()
+    if name not in NOT_ON_TEXT
+    for group in SETTINGS.get(name, [{}])
+]
 FAMILIES = [
     (family, (name,), SETTINGS.get(name, [{}])[0])
     for family in ("roberta", "distilbert")

@@ -89,9 +89,17 @@ def load(model, key, *, dtype=None, sharding=None):
 
 
 def index(model):
-    """`Files` of a model."""
-    found = tensors.index(model.folder)
-    return Files({_plain(name, model.names.prefix): at for name, at in found.items()}, model.folder)
+    """`Files` of a model; tensors named as transformers' modules count as those of its files."""
+    table, found = model.names, tensors.index(model.folder)
+    spelled = {
+        module.format(layer).removeprefix(table.prefix): leaf.file.format(layer)
+        for leaf in table.leaves
+        if not leaf.part
+        for module in leaf.modules
+        for layer in table.layers_of(leaf.path)
+    }
+    where = {_plain(name, table.prefix): at for name, at in found.items()}
+    return Files({spelled.get(name, name): at for name, at in where.items()}, model.folder)
 
 
 def fingerprint(model):

@@ -63,7 +63,7 @@ def found(tmp_path_factory):
     return {name: Net(name, tmp_path_factory.mktemp(name)) for name in MAKERS}
 
 
-def moved(fitted, seed=0, size=0.2):
+def moved(fitted, seed=0, size=0.1):
     """The moving leaves of fitted methods somewhere else."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -95,7 +95,7 @@ def loaded_by_peft(base, folder):
 
 def close(ours, theirs, base):
     assert np.abs(theirs - base).max() > 0.05
-    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()))
 
 
 # --- ours, read by PEFT ----------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_ours_read_by_peft(found, tmp_path, name, groups, with_statistics):
     variables = tree.join(moving, jax.device_get(fitted.frozen))
     if with_statistics:
         moving |= {"batch_stats": statistics(net.base)}
-        variables |= moving
+        variables |= {"batch_stats": moving["batch_stats"]}
     write(tmp_path, fitted, moving)
     theirs = loaded_by_peft(net.make(), tmp_path)
     ours = fitted.apply(variables, tiny_images.batch())
