@@ -74,10 +74,14 @@ def _tensors(names, params):
 
 def _config(settings, labels):
     """config.json of a classifier with these labels."""
-    from transformers.models.auto import modeling_auto
+    # From this file of transformers names can be had without PyTorch, but not the file itself.
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as images,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as texts,
+    )
 
-    texts = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    images = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     classes = dict(images) | dict(texts)
     own = [classes[kind] for kind in [settings["model_type"]] if kind in classes]
     written = list(labels) if labels is not None else ["LABEL_0"]

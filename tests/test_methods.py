@@ -41,7 +41,20 @@ SETTINGS = {
         {"kind": "pfeiffer", "reduction": 5},
         {"kind": "parallel", "reduction": 3},
     ],
-    "bitfit": [{"variant": "all"}, {"variant": "query_intermediate"}],
+    "bitfit": [
+        {"variant": "all"},
+        {"variant": "query_intermediate"},
+        {"norm": "none"},
+        {"norm": "scale_and_shift"},
+    ],
+    "ia3": [
+        {},
+        {
+            "targets": ("re:layers.[01].attention.output", "key", "mlp.up", "pooler"),
+            "feedforward": ("layers.1.attention.output", "mlp.up"),
+        },
+    ],
+    "partial_tuning": [{"last": 2}],
 }
 NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # tests/test_conv_methods.py, tests/test_vit.py
 ON_BERT = [
@@ -53,7 +66,7 @@ ON_BERT = [
 FAMILIES = [
     (family, (name,), SETTINGS.get(name, [{}])[0])
     for family in ("roberta", "distilbert")
-    for name in ("lora", "adapter", "bitfit")
+    for name in ("lora", "adapter", "bitfit", "ia3", "norm_tuning")
 ]
 TOGETHER = [
     ("bert", ("lora", "adapter"), {"kind": "parallel"}),

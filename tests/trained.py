@@ -16,13 +16,21 @@ class Trained:
         self.methods = peft.build(model, tuple(groups), groups)
         rng, added = np.random.default_rng(0), portable.expected(self.methods, model)[1]
         flat = tree.flatten({"params": params})
-        flat |= {f"peft/{path}": np.zeros(leaf.shape, np.float32) for path, leaf in added.items()}
+        flat |= {
+            f"peft/{path}": np.full(leaf.shape, self.start(f"peft/{path}"), np.float32)
+            for path, leaf in added.items()
+        }
         self.claims = peft.claims(self.methods, flat, heads=model.heads, fresh=fresh)
         for path in self.claims:
             moved = flat[path] + rng.normal(0, size, flat[path].shape).astype(np.float32)
             flat[path] = np.where(self.mask(path, moved), moved, flat[path])
         self.variables = tree.unflatten(flat) | peft.constants(self.methods)
         self.moving, self.frozen = tree.split(self.variables, lambda path: path in self.claims)
+
+    def start(self, path):
+        """What a leaf of a method is where it changes nothing."""
+        own = (m.files for m in self.methods if m.files and m.moves(path))
+        return next((files.elsewhere for files in own), 0.0)
 
     def mask(self, path, leaf):
         """Which numbers of a leaf move: layers that stay, ranks that are not there."""

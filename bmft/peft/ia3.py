@@ -141,9 +141,9 @@ def _arguments(fields, table):
     heads = matching.head_modules(table)
     saved = matching.saved(table, fields["modules_to_save"])
     return {
-        "targets": matching.full_names(table, sites),
-        "feedforward": matching.full_names(table, inputs),
-        "modules_to_save": matching.full_names(
+        "targets": matching.exact_names(table, sites),
+        "feedforward": matching.exact_names(table, inputs),
+        "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
     }

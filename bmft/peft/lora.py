@@ -253,12 +253,10 @@ def _arguments(fields, table):
 
     def by_name(field, default):
         values = matching.pattern_values(table, sites, fields[field], default, field)
-        return tuple(
-            f"{table.called(path, layer)[1]}={values[path][matching.at(layer)]}"
-            for path, mask in sites.items()
-            for layer in matching.layers(mask)
-            if values[path][matching.at(layer)] != default
-        )
+        others = {path: mask & (values[path] != default) for path, mask in sites.items()}
+        found = [v for path, mask in others.items() for v in values[path][mask]]
+        called = matching.exact_names(table, others)
+        return tuple(f"{name}={value}" for name, value in zip(called, found, strict=True))
 
     heads = matching.head_modules(table)
     saved = matching.saved(table, fields["modules_to_save"])
@@ -268,10 +266,10 @@ def _arguments(fields, table):
         "dropout": float(fields["lora_dropout"]),
         "rslora": fields["use_rslora"],
         "bias": fields["bias"],
-        "targets": matching.full_names(table, sites),
+        "targets": matching.exact_names(table, sites),
         "rank_pattern": by_name("rank_pattern", fields["r"]),
         "alpha_pattern": by_name("alpha_pattern", fields["lora_alpha"]),
-        "modules_to_save": matching.full_names(
+        "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
         "grouped": False,

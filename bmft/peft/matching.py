@@ -93,6 +93,25 @@ def full_names(names, sites):
     )
 
 
+def exact_names(names, sites):
+    """What bmft.names takes for exactly these modules: transformers' names, or ours where theirs is
+    the ending of another (as torchvision's `conv1` is of `layer1.0.conv1`)."""
+    called = (names.called(path, layer) for path, mask in sites.items() for layer in layers(mask))
+    endings = _endings(names)
+    return tuple(ours if theirs in endings else theirs for ours, theirs, *_ in called)
+
+
+def _endings(names):
+    """The whole names that others end in."""
+    table = modules(names)
+    tails = {
+        name.split(".", n)[-1]
+        for name in (*table, *_holders(table))
+        for n in range(1, 1 + name.count("."))
+    }
+    return tails & table.keys()
+
+
 # --- fields that mean given modules ----------------------------------------------------------
 
 
@@ -137,6 +156,7 @@ def spell_saved(names, wanted, entries, implied):
     others = {path: mask for path, mask in wanted.items() if path not in head_modules(names)}
     full = full_names(names, others)
     words = sorted({name.rpartition(".")[2] for name in full})
+    words = [] if any(map(str.isdigit, words)) else words  # numbers are names of what has no leaves
     for rest in (entries, words, full):
         spelled = [*heads, *(entry for entry in rest if entry not in heads)]
         nested = _nested(_saved_tops(table, (*spelled, *implied)))
@@ -150,12 +170,12 @@ def spell_pattern(names, sites, given, values, default, field):
 
     The given one if it does, in the sorted order that JSON files have; else an entry a module.
     """
-    explicit = {
-        names.called(path, layer)[1]: values[path][at(layer)].item()
-        for path, mask in sites.items()
-        for layer in layers(mask)
-        if values[path][at(layer)] != default
-    }
+    endings, explicit = _endings(names), {}
+    for path, mask in sites.items():
+        for layer in layers(mask):
+            name, value = names.called(path, layer)[1], values[path][at(layer)]
+            if value != default:
+                explicit["^" * (name in endings) + name] = value.item()
     for spelled in (dict(sorted(given.items())), explicit):
         got = pattern_values(names, sites, spelled, default, field)
         if all(np.all(got[path][mask] == values[path][mask]) for path, mask in sites.items()):
@@ -292,7 +312,8 @@ def _entries(names, chosen, some, saved_entries):
         by_ending = mask.all() if some is None else mask.ndim
         words = theirs[path].rpartition("{}.")[2].split(".") if by_ending else ()
         endings = (".".join(words[-n:]) for n in range(1, len(words) + 1))
-        ending = next(filter(fits, endings), None)
+        # A number alone may be what has no leaves, too: an activation in torch's Sequential.
+        ending = next((e for e in endings if not e.isdigit() and fits(e)), None)
         entries |= {ending} if ending else set(full_names(names, {path: mask}))
     return sorted(entries)
 

@@ -37,13 +37,19 @@ def make(model, *, targets: tuple[str, ...] | None = None):
         mask = sites[path.partition("/")[2].rpartition("/")[0]]
         return None if mask.all() else mask
 
-    files = Files({"peft_type": "LN_TUNING"}, sites, kinds=KINDS, copies="ln_tuning_layers")
+    files = Files(
+        settings={"peft_type": "LN_TUNING"},
+        sites=sites,
+        kinds=KINDS,
+        by_layer=False,
+        copies="ln_tuning_layers",
+    )
     return peft.Method("norm_tuning", moves, rows=rows, files=files)
 
 
 def _arguments(fields, table):
     """`make`'s arguments from PEFT's configuration."""
-    return {"targets": matching.full_names(table, matching.targets(table, fields, KINDS))}
+    return {"targets": matching.exact_names(table, matching.targets(table, fields, KINDS))}
 
 
 LAYOUT = Layout("LN_TUNING", fields={}, ignored=(), defaults={}, arguments=_arguments)
