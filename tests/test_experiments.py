@@ -199,8 +199,8 @@ def test_a_prediction_does_not_depend_on_its_company(finished, predictions):
 WRONG = [
     ([], "give --run"),
     (["--run", "nowhere", "--text", "x"], "no directory 'nowhere'"),
-    (["--run", "RUN"], "give either --input"),
-    (["--run", "RUN", "--text", "x", "--input", "y"], "give either --input"),
+    (["--run", "RUN"], "give one of --input"),
+    (["--run", "RUN", "--text", "x", "--input", "y"], "give one of --input"),
     (["--run", "RUN", "--input", "none.jsonl"], "none.jsonl"),
     (["--run", "RUN", "--adapter", "RUN/adapter", "--text", "x"], "give --run"),
     (["--run", "RUN", "--text", "x", "--text-pair", "y", "--text-pair", "z"], "1 --text but 2"),
