@@ -26,11 +26,9 @@ def get_config():
     task.name = "text_classification"  # a file of bmft/tasks/; further keys are its make's
 
     config.data = data = ConfigDict()
-    data.name = "tweets"  # texts: tweets, files, glue/<task>; images: digits, npz, folders; both:
-    # tfds:<name>, hub:<id>
+    data.name = "tweets"  # tweets, files, glue/<task>, digits, npz, folders, tfds:<name>, hub:<id>
     data.dir = placeholder(str)  # where TFDS, a copy of a Hub data set, or folders of images lie
-    # Files of texts: CSV, TSV, JSONL or Parquet by ending. Images: .npz files, or folders.
-    data.train = placeholder(str)
+    data.train = placeholder(str)  # CSV, TSV, JSONL or Parquet by ending; of images .npz, a folder
     data.validation = placeholder(str)
     data.test = placeholder(str)
     data.text = "text"  # column of the (first) text
