@@ -235,7 +235,7 @@ MISTAKES = [
     ("--config.task.class_weights=1,2,3", "2 classes"),
     ("--config.model.unroll=4", "1 to 3"),
     ("--config.model.name=minilmm", "minilmm"),
-    ("--config.model.name=./minilm", "no directory './minilm'"),
+    ("--config.model.name=./minilm", "no directory or file './minilm'"),
     ("--config.mesh.data=3", "does not fit 8 devices"),
     ("--config.task.name=text_classifcation", "did you mean 'text_classification'"),
 ]
