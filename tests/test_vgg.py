@@ -203,8 +203,11 @@ def test_hed(hed):
         loaded.params["blocks"]["2"]["units"]["2"]["conv"]["kernel"], kernel
     )
     images = tiny_images.batch(2, (9, 14))
+    _, seen = model.module.apply(loaded.variables(), images, capture_intermediates=True)
+    last = seen["intermediates"]["blocks"]["2"]["__call__"][0]
+    assert last.shape == (2, 3, 4, 7)
     features = model.module.clone(end=3).apply(loaded.variables(), images)
-    assert features.shape == (2, 3, 4, 7)
+    np.testing.assert_allclose(features, last.mean((1, 2)), rtol=1e-5, atol=1e-6)
     assert model.names.stages == ("blocks/0", "blocks/1", "blocks/2")
 
 

@@ -257,8 +257,9 @@ def test_hed():
                 place = file[f"block{block}/layers/conv2d{f'_{i}' if i else ''}/vars"]
                 kernel, bias = (torch.tensor(place[j][()]) for j in "01")
                 x = torch.relu(torch.conv2d(x, kernel.permute(3, 2, 0, 1), bias, padding=1))
-    module = model.module.clone(end=5)
-    ours = module.apply(loaded.variables(), {"images": jnp.asarray(images)})
+    batch = {"images": jnp.asarray(images)}
+    _, seen = model.module.apply(loaded.variables(), batch, capture_intermediates=True)
+    ours = seen["intermediates"]["blocks"]["4"]["__call__"][0]
     assert ours.shape == (2, 3, 4, 512)
     want = x.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(ours, want, atol=1e-4 * np.abs(want).max())
