@@ -11,7 +11,11 @@ from bmft import tree
 from bmft.errors import Mistake, nearest
 
 # Leaves that are never decayed, by the last part of their path.
-UNDECAYED = ("bias", "scale", "adapter_down_bias", "adapter_up_bias")
+UNDECAYED = (
+    *("bias", "scale", "adapter_down_bias", "adapter_up_bias"),
+    *("conv_adapter_down_bias", "conv_adapter_up_bias", "conv_adapter_scale"),
+    *("ia3_in", "ia3_out"),  # they start at 1
+)
 
 
 def schedule(config, peak, steps):

@@ -107,10 +107,12 @@ def write_exports(config, folder, model, methods, state, frozen, *, labels, fing
 def _beside(moving, frozen):
     """Of the frozen variables the methods' constants, and leaves of modules that moved in part."""
     moved = {path.partition("/")[2].rpartition("/")[0] for path in tree.flatten(moving)}
-    params = tree.flatten(frozen.get("params", {}))
-    kept = {path: leaf for path, leaf in params.items() if path.rpartition("/")[0] in moved}
-    constants = {name: frozen[name] for name in frozen if name not in peft.BASE}
-    return constants | {"params": tree.unflatten(kept)}
+
+    def goes_along(path):
+        module = path.partition("/")[2].rpartition("/")[0]
+        return not tree.under(path, peft.BASE) or module in moved
+
+    return tree.split(frozen, goes_along)[0]
 
 
 # --- data ------------------------------------------------------------------------------------

@@ -237,6 +237,26 @@ def test_low_precision_base_with_float32_leaves():
     assert 0 < np.abs(out.astype(np.float32) - want).max() < 0.05
 
 
+@pytest.mark.parametrize(
+    "changes, grouped, known",
+    [
+        ({}, True, True),
+        ({"strides": (2, 3), "padding": ((1, 1), (0, 2))}, True, True),
+        ({"dilation": (1, 2)}, True, False),
+        ({"dilation": (1, 2)}, False, False),
+        ({"groups": 2}, True, False),
+        ({"groups": 2}, False, True),
+    ],
+)
+def test_what_peft_can_compute(changes, grouped, known):
+    """It gives its A no dilation, and its A reads all channels; the rest is written as ours."""
+    model = model_of([Case((9, 9), 4, 6, (3, 3)), Case((9, 9), 4, 6, (3, 3))._replace(**changes)])
+    group = {"targets": ("all-conv",), "rank": 2, "grouped": grouped}
+    (method,) = peft.build(model, ("lora",), {"lora": group})
+    assert method.files.expressible(model) == known
+    assert method.files.own == "CONV_LORA"
+
+
 def test_geometry_is_the_modules():
     cases = [
         Case((5, 4), 4, 6, (3, 2), (2, 1), ((1, 0), (0, 2)), (1, 2), 2),

@@ -3,6 +3,8 @@
 alpha is unlike rank, and no two sizes of the nets are alike. LoRA's geometry: test_conv_lora.py.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +215,48 @@ def same(one, other):
     assert set(one) == set(other)
     for path, leaf in one.items():
         np.testing.assert_array_equal(leaf, other[path], err_msg=path)
+
+
+SPELLINGS = [
+    ("resnet", {"targets": ALL}, {"target_modules": ["convolution"]}),
+    ("resnet", {"targets": ALL}, {"modules_to_save": ["classifier"], "task_type": None}),
+    ("resnet", {"targets": ("conv2",)}, {"target_modules": ["1.convolution"]}),
+    (
+        "resnet",
+        {"targets": ("re:stages.0.*conv2",), "modules_to_save": ("norm1", "norm2", "norm3")},
+        {
+            "target_modules": ["0.layers.0.layer.1.convolution"],
+            "modules_to_save": ["classifier"]
+            + [
+                f"resnet.encoder.stages.{s}.layers.0.layer.{i}.normalization"
+                for s, i in np.ndindex(2, 3)
+            ],
+        },
+    ),
+    # `conv1` alone would be that of every block, too.
+    ("cifar", {"targets": ("stem.conv",)}, {"target_modules": "conv1"}),
+    ("cifar", {"targets": ALL, "rank_pattern": ("stem.conv=2",)}, {"rank_pattern": {"^conv1": 2}}),
+    ("cifar", {"targets": ALL}, {"modules_to_save": ["linear"]}),
+    # `0` alone would be an activation or a pooling somewhere; `classifier` is more than the head.
+    (
+        "vgg",
+        {"targets": ("re:blocks.0.*conv", "fc2")},
+        {"target_modules": ["classifier.3", "features.0"], "modules_to_save": ["classifier.6"]},
+    ),
+]
+
+
+@pytest.mark.parametrize("net, group, wanted", SPELLINGS)
+def test_fields_that_mean_what_ours_do(folders, tmp_path, net, group, wanted):
+    """PEFT takes them so, too: tests/parity/test_conv_peft.py"""
+    groups = {"lora": group}
+    fitted = Fitted(folders[net], groups)
+    fixed = fitted.methods, groups, fitted.model, fitted.moving, fitted.frozen
+    files.write(tmp_path, *fixed, base="tiny", fingerprint="")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {field: written[field] for field in wanted} == wanted
+    found = files.insert(files.read(tmp_path, fitted.model), fitted.loaded.variables())
+    same(found, fitted.variables)
 
 
 # --- running statistics ----------------------------------------------------------------------

@@ -58,12 +58,12 @@ SETTINGS = {
     "partial_tuning": [{"last": 2}],
 }
 PEFTS = {"lora": "LORA", "ia3": "IA3", "norm_tuning": "LN_TUNING"}  # those that PEFT has, too
-FOR_IMAGES = ("conv_adapter", "visual_prompt")  # refused on BERT: test_conv_methods, test_vit
+NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # refused on BERT: test_conv_methods, test_vit
 CASES = [
     *(
         ("bert", {name: group})
         for name in peft.names()
-        if name not in FOR_IMAGES
+        if name not in NOT_ON_TEXT
         for group in SETTINGS.get(name, [{}])
     ),
     ("roberta", {"lora": {"bias": "all", "targets": ("all-linear",)}}),

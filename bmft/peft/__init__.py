@@ -167,7 +167,7 @@ def merge(methods, params, added):
 
     Raises Mistake for a method that adds leaves and cannot be folded in.
     """
-    for method in methods:
+    for method in reversed(methods):  # the first one's hook is the outermost
         if method.merge:
             params = method.merge(params, added)
         elif method.hook:

@@ -325,7 +325,7 @@ def test_starts_are_drawn_alike(bases):
     torch.manual_seed(0)
     theirs = hf.get_peft_model(base_of(folder), hf.LoraConfig(task_type="SEQ_CLS", **config))
     methods = peft.build(model, ("lora",), {"lora": {"rank": 64, "targets": ("query", "up")}})
-    added = jax.jit(peft.attach(methods, model).add)(jax.random.key(0), params)["peft"]
+    added = jax.jit(peft.attach(methods, model).add)(jax.random.key(0), {"params": params})["peft"]
     for path, name in (("attention/query", ".self.query."), ("mlp/up", ".intermediate.dense.")):
         leaves = tree.flatten(added["layers"])
         ours = np.ravel(leaves[f"{path}/lora_a"])
