@@ -223,16 +223,17 @@ def _batches(config, task, table, resize, mesh, training, put=lambda arrays: arr
 
 
 def reuse_features(config, fit, batches, problem, mesh):
-    """(fit, batches) that begin at the first piece in which something moves, where that is right.
+    """(fit, batches) that begin at the first piece in which something moves or is dropped at random.
 
     What comes before is computed once for each image (bmft.features). It is not where images differ
-    from epoch to epoch, statistics of batches are used, something is dropped at random, or the run
-    is no longer than an epoch: `fit` and `batches` stay as they are then, and a line says why.
+    from epoch to epoch, statistics of batches are used, or the run is no longer than an epoch:
+    `fit` and `batches` stay as they are then, and a line says why.
     """
     task, model, methods = problem.task, problem.model, problem.methods
     pieces = peft.first_moving_piece(methods, fit.labels, model.names)
     if pieces and not model.names.stages:
         pieces += 1  # a stack's layers come after the embeddings, which are a piece, too
+    pieces = min(pieces, model.config.steady)
     steps = total_steps(config, batches["train"].steps_per_epoch)
     reason = _why_not(config, model, task, pieces, steps / batches["train"].steps_per_epoch)
     if reason:
@@ -266,13 +267,11 @@ def _why_not(config, model, task, pieces, epochs):
     if not config.train.reuse_features:
         return "train.reuse_features=False"
     if not pieces:
-        return "the first piece of the model moves"
+        return "in the first piece of the model something moves, or is dropped at random"
     if not task.deterministic:
         return "the images are augmented"
     if getattr(model.config, "batch_norm", "frozen") != "frozen":
         return f"model.batch_norm={model.config.batch_norm!r}"
-    if getattr(model.config, "dropout", 0.0):
-        return "the backbone has dropout"
     return "" if epochs > 1 else "the run is no longer than an epoch"
 
 

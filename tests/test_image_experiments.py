@@ -177,7 +177,7 @@ def test_kept_features_change_nothing(arguments, tmp_path, capsys):
 REASONS = [
     (["--config.task.flip=True"], "the images are augmented"),
     (["--config.model.batch_norm=update"], "model.batch_norm='update'"),
-    (["--config.peft.methods=full"], "the first piece of the model moves"),
+    (["--config.peft.methods=full"], "in the first piece of the model something moves"),
     (["--config.train.steps=4"], "the run is no longer than an epoch"),
 ]
 

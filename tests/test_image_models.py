@@ -74,6 +74,21 @@ def test_piece_by_piece(loaded, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_steady_pieces_drop_nothing(loaded, family):
+    """As many as the Config says, and no fewer: those that features may be kept of."""
+    model, variables, _ = loaded(family)
+    batch, steady = tiny_images.batch(), model.config.steady
+
+    def run(end, train):
+        apply = model.module.clone(end=end).apply
+        return apply(variables, batch, train, rngs={"dropout": jax.random.key(0)})
+
+    np.testing.assert_array_equal(run(steady, True), run(steady, False))
+    if steady < file_of(family).pieces(model.config):
+        assert np.abs(run(steady + 1, True) - run(steady + 1, False)).max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_leaves_of_a_piece_decide_it_alone(loaded, family):
     """names.stages says where they are: with other leaves before it, a piece gives the same."""
     model, variables, _ = loaded(family)

@@ -59,6 +59,11 @@ class Config(NamedTuple):
     depth = 1  # of a stack: there is none
 
     @property
+    def steady(self):
+        """See bmft.models.vision."""
+        return pieces(self)
+
+    @property
     def in_transformers(self):
         """Can a ResNetConfig of transformers say this?"""
         reduction = REDUCTION if self.block == "bottleneck" else 1

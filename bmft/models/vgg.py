@@ -57,6 +57,11 @@ class Config(NamedTuple):
 
     depth = 1  # of a stack: there is none
 
+    @property
+    def steady(self):
+        """See bmft.models.vision: fc2 begins with dropout."""
+        return len(self.depths) + 1 if self.dense and self.dropout else pieces(self)
+
 
 class Classifier(nn.Module):
     """Logits float32 [b, outputs] of batch["images"]: uint8, or float in [0, 1], [b, y, x, 3].

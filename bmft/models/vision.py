@@ -6,6 +6,7 @@ The fields that the Configs of image models have in common:
     mean, std    3 floats each: of RGB in [0, 1], subtracted and divided by
     standardize  see bmft.layers.standardize
     resample     bilinear or bicubic: how images are brought to size
+    steady       a property: of how many first pieces nothing is dropped at random in training
 
 They stand in config.json under `pretrained_cfg` (timm's, and what we write) or in
 preprocessor_config.json (transformers); else they are what is usual for the architecture.

@@ -53,6 +53,11 @@ class Config(NamedTuple):
     standardize: str
     resample: str
 
+    @property
+    def steady(self):
+        """See bmft.models.vision."""
+        return 0 if self.dropout or self.attention_dropout else pieces(self)
+
 
 class Classifier(nn.Module):
     """Logits float32 [b, outputs] of batch["images"]: uint8, or float in [0, 1], [b, height, width,
