@@ -223,7 +223,7 @@ def _batches(config, task, table, resize, mesh, training, put=lambda arrays: arr
 
 
 def reuse_features(config, fit, batches, problem, mesh):
-    """(fit, batches) that begin at the first piece in which something moves or is dropped at random.
+    """(fit, batches) from the first piece on in which something moves or is dropped at random.
 
     What comes before is computed once for each image (bmft.features). It is not where images differ
     from epoch to epoch, statistics of batches are used, or the run is no longer than an epoch:
