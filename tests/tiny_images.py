@@ -10,9 +10,11 @@ import pathlib
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+import pytest
+from safetensors.numpy import load_file, save_file
 
 from bmft import models, tree
+from bmft.errors import Mistake
 from bmft.models import weights
 from bmft.names import to_file
 
@@ -104,6 +106,16 @@ def loss(forward, batch, key):
     logits = jax.nn.log_softmax(forward(batch, train=True))
     each = -(logits * jax.nn.one_hot(batch["labels"], logits.shape[-1])).sum(-1)
     return ((each * batch["weights"]).sum(), batch["weights"].sum()), {}
+
+
+def check_refused(folder, edit, says):
+    """That a model whose tensors edit({name: array}) has changed is refused in one line."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(Mistake) as refused:
+        weights.load(models.find(str(folder), outputs=OUTPUTS), jax.random.key(0))
+    assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
 GOLDENS = pathlib.Path(__file__).resolve().parent / "goldens"

@@ -114,7 +114,7 @@ class Classifier(nn.Module):
             return x_byxc
         if self.end is not None:
             return x_bc
-        return Head(c.outputs, self.dtype, name="classifier")(x_bc).astype(jnp.float32)
+        return vision.Head(c.outputs, self.dtype, name="classifier")(x_bc).astype(jnp.float32)
 
 
 class Stem(nn.Module):
@@ -181,17 +181,6 @@ class Shortcut(nn.Module):
             return jnp.pad(x, ((0, 0),) * 3 + ((missing // 2, missing - missing // 2),))
         x = _conv(self.width, 1, self.dtype, "conv", self.stride)(x)
         return layers.BatchNorm(self.config.eps, self.batch_norm, self.dtype, name="norm")(x)
-
-
-class Head(nn.Module):
-    """A dense layer on the mean of the feature map, [b, channels]"""
-
-    outputs: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_bc):
-        return layers.Dense(self.outputs, self.dtype, name="out")(x_bc)
 
 
 def _conv(features, side, dtype, name, stride=1, groups=1):

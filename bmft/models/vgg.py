@@ -104,7 +104,7 @@ class Classifier(nn.Module):
         if self.end is not None:
             return x
         x_bd = drop(x) if c.dense else x
-        return Head(c.outputs, self.dtype, name="classifier")(x_bd).astype(jnp.float32)
+        return vision.Head(c.outputs, self.dtype, name="classifier")(x_bd).astype(jnp.float32)
 
 
 class Block(nn.Module):
@@ -140,17 +140,6 @@ class Unit(layers.FeatureBlock):
             batch_norm = self.train and c.batch_norm != "frozen"
             x = layers.BatchNorm(c.eps, batch_norm, self.dtype, name="norm")(x)
         return jax.nn.relu(x)
-
-
-class Head(nn.Module):
-    """A dense layer on x [b, width]"""
-
-    outputs: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        return layers.Dense(self.outputs, self.dtype, name="out")(x)
 
 
 def standardized(config, images):

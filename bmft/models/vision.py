@@ -12,8 +12,11 @@ They stand in config.json under `pretrained_cfg` (timm's, and what we write) or 
 preprocessor_config.json (transformers); else they are what is usual for the architecture.
 """
 
+from typing import Any
+
 import flax.linen as nn
 
+from bmft import layers
 from bmft.errors import Mistake, nearest
 from bmft.models import PREPROCESSOR
 
@@ -38,6 +41,17 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x, make, name, *below):
         return Level(name=name)(x, make, *below) if below else make(name=name)(x)
+
+
+class Head(nn.Module):
+    """A dense layer on what a backbone gives, [b, width] -> [b, outputs]"""
+
+    outputs: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.Dense(self.outputs, self.dtype, name="out")(x)
 
 
 def read(json, *, size, mean, std, resample="bilinear"):

@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         # The norm is of each token, so it may as well come after the choice of the class token.
         x_bd = Readout(c.pooled, name="readout")(x_btd)
         x_bd = layers.LayerNorm(c.eps, self.dtype, name="norm")(x_bd)
-        return Head(c.outputs, self.dtype, name="classifier")(x_bd).astype(jnp.float32)
+        return vision.Head(c.outputs, self.dtype, name="classifier")(x_bd).astype(jnp.float32)
 
 
 class Embeddings(nn.Module):
@@ -164,15 +164,6 @@ class Readout(nn.Module):
     @nn.compact
     def __call__(self, x):
         return x[:, 1:].astype(jnp.float32).mean(1) if self.pooled else x[:, 0]
-
-
-class Head(nn.Module):
-    outputs: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        return layers.Dense(self.outputs, self.dtype, name="out")(x)
 
 
 def positions(table, y, x):
