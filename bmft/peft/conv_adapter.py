@@ -23,8 +23,6 @@ width is the largest divisor of the channels that is no more than channels / red
     peft/<block>/conv_adapter_scale                 [out]
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -35,15 +33,6 @@ KINDS = ("parallel", "after")
 # By fan-in (He et al. 2015): in groups, the fan-out says nothing of how much is summed.
 HE = jax.nn.initializers.he_normal()
 ZEROS, ONES = jax.nn.initializers.zeros, jax.nn.initializers.ones
-
-
-class Geometry(NamedTuple):
-    """What `layers.convolve` asks of a convolution."""
-
-    strides: tuple
-    padding: tuple
-    groups: int
-    dilation: tuple = (1, 1)
 
 
 def make(
@@ -82,16 +71,37 @@ def _adapter(module, x, out, kernel, reduction, nonlinearity):
     divisors = (n for n in range(1, channels + 1) if channels % n == 0)
     width = max((n for n in divisors if n * reduction <= channels), default=1)
     strides = tuple(_stride(*sizes) for sizes in zip(x.shape[1:3], out.shape[1:3], strict=True))
-    about = Geometry(strides, ((kernel // 2,) * 2,) * 2, width)
 
     def leaf(name, init, shape):
         return peft.leaf(module, f"conv_adapter_{name}", init, shape)
 
     down = leaf("down_kernel", HE, (kernel, kernel, channels // width, width))
-    h = layers.convolve(x.astype(jnp.float32), down, about) + leaf("down_bias", ZEROS, (width,))
+    h = _down(x.astype(jnp.float32), down, strides) + leaf("down_bias", ZEROS, (width,))
     up = leaf("up_kernel", ZEROS, (1, 1, width, features))
     y = nonlinearity(h) @ up[0, 0] + leaf("up_bias", ZEROS, (features,))
     return (y * leaf("scale", ONES, (features,))).astype(out.dtype)
+
+
+def _down(x, kernel, strides):
+    """The convolution of x [b, y, x, channels] in as many groups as it has outputs.
+
+    A sum over pixels of shifted maps: XLA's gradient of a convolution in groups took 1.23 s on two
+    cores for 64 maps of 16 x 16 x 32 pixels and 8 groups, where this takes 0.006 s.
+    """
+    k, _, read, width = kernel.shape
+    each_kkc = kernel.swapaxes(2, 3).reshape(k, k, width * read)
+    x = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    spans = []
+    for side, stride in zip(x.shape[1:3], strides, strict=True):
+        reach = (side - k) // stride * stride + 1
+        spans.append([slice(i, i + reach, stride) for i in range(k)])
+    taps = (
+        x[:, rows, columns] * each_kkc[i, j]
+        for i, rows in enumerate(spans[0])
+        for j, columns in enumerate(spans[1])
+    )
+    h = sum(taps)
+    return h.reshape(*h.shape[:-1], width, read).sum(-1)
 
 
 def _stride(before, after):
