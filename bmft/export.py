@@ -44,9 +44,7 @@ def merged(folder, *, load, merge, moving, frozen, names, settings, labels, besi
     for name in ("params", "batch_stats"):
         for path, leaf in tree.flatten(moving.get(name, {})).items():
             params[path] = np.asarray(leaf, np.float32)
-    added = {"peft": moving.get("peft", {}), "peft_const": frozen.get("peft_const", {})}
-    added = tree.map_with_path(lambda path, leaf: np.asarray(leaf), added)
-    added = {"peft": {}, "peft_const": {}} | added
+    added = tree.map_with_path(lambda path, leaf: np.asarray(leaf), tree.join(moving, frozen))
     params = tree.flatten(merge(tree.unflatten(params), added))
     with whole(folder) as partial:
         save_file(_tensors(names, params), partial / "model.safetensors", {"format": "pt"})

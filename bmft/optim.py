@@ -4,18 +4,16 @@ A label is a method's name or `head`. Labels differ in learning rate and weight 
 the schedule is the same for all. Decay never touches biases and norms, whatever their label.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import optax
 
 from bmft import tree
 from bmft.errors import Mistake, nearest
 
-# Leaves that are never decayed, by the last part of their path.
-UNDECAYED = (
-    *("bias", "scale", "adapter_down_bias", "adapter_up_bias"),
-    *("conv_adapter_down_bias", "conv_adapter_up_bias", "conv_adapter_scale"),
-    *("ia3_in", "ia3_out"),  # they start at 1
-)
+# Leaves of any model that are never decayed, by the last part of their path.
+UNDECAYED = ("bias", "scale")
 
 
 def schedule(config, peak, steps):
@@ -51,16 +49,18 @@ def rates(config, labels):
     return found
 
 
-def make(config, labels, steps, rows=None):
+def make(config, labels, steps, rows=None, undecayed=()):
     """The transformation for a tree of moving leaves, and {label: schedule}.
 
     labels: {path: label}, every moving leaf. rows: {path: bool [l]} for leaves of which only some
-    layers move: the others stay bit-identical.
+    layers move: the others stay bit-identical. undecayed: names of methods' leaves that, like
+    biases and norms, are never decayed.
     """
     optimizers, schedules = {}, {}
     for label, (rate, decay) in rates(config, labels.values()).items():
         schedules[label] = schedule(config, rate, steps)
-        optimizers[label] = _optimizer(config.optim, schedules[label], decay)
+        mask = partial(decayed, never=(*UNDECAYED, *undecayed))
+        optimizers[label] = _optimizer(config.optim, schedules[label], decay, mask)
     chain = [optax.multi_transform(optimizers, lambda _: tree.unflatten(labels))]
     if config.optim.clip:
         chain.insert(0, optax.clip_by_global_norm(config.optim.clip))
@@ -69,18 +69,18 @@ def make(config, labels, steps, rows=None):
     return optax.chain(*chain), schedules
 
 
-def _optimizer(optim, rate, decay):
+def _optimizer(optim, rate, decay, mask):
     """The named optimizer of optax. Adafactor's row and column statistics and its scale by the
     parameter's size are taken over a stacked leaf as a whole, not layer by layer."""
     betas = optim.beta1, optim.beta2
     makers = {
-        "adamw": lambda: optax.adamw(rate, *betas, optim.eps, weight_decay=decay, mask=decayed),
-        "lion": lambda: optax.lion(rate, *betas, weight_decay=decay, mask=decayed),
+        "adamw": lambda: optax.adamw(rate, *betas, optim.eps, weight_decay=decay, mask=mask),
+        "lion": lambda: optax.lion(rate, *betas, weight_decay=decay, mask=mask),
         "sgd": lambda: optax.chain(
-            optax.add_decayed_weights(decay, decayed), optax.sgd(rate, momentum=optim.beta1 or None)
+            optax.add_decayed_weights(decay, mask), optax.sgd(rate, momentum=optim.beta1 or None)
         ),
         "adafactor": lambda: optax.adafactor(
-            rate, weight_decay_rate=decay or None, weight_decay_mask=decayed
+            rate, weight_decay_rate=decay or None, weight_decay_mask=mask
         ),
     }
     if optim.name not in makers:
@@ -88,9 +88,9 @@ def _optimizer(optim, rate, decay):
     return makers[optim.name]()
 
 
-def decayed(leaves):
+def decayed(leaves, never=UNDECAYED):
     """Tree of bool: which leaves weight decay touches."""
-    return tree.map_with_path(lambda path, _: path.rpartition("/")[2] not in UNDECAYED, leaves)
+    return tree.map_with_path(lambda path, _: path.rpartition("/")[2] not in never, leaves)
 
 
 def keep_rows(rows):

@@ -208,7 +208,7 @@ def fit(config, model, methods, mesh, steps):
     stats = {name: variables.pop(name) for name in ("batch_stats",) if _statistics_move(model)}
     labels = peft.claims(
         methods,
-        [path for path in tree.flatten(variables) if path.startswith(("params/", "peft/"))],
+        [path for path in tree.flatten(variables) if peft.may_move(path)],
         heads=model.heads,
         fresh=loaded.fresh,
         head_label=config.optim.head_learning_rate is not None,
@@ -219,7 +219,8 @@ def fit(config, model, methods, mesh, steps):
     moving, frozen = tree.split(variables, lambda path: path in labels)
     masks = {path: peft.moving_rows(methods, path) for path in labels}
     masks = {path: mask for path, mask in masks.items() if mask is not None}
-    tx, schedules = optim.make(config, labels, steps, masks)
+    never = [name for method in methods for name in method.undecayed]
+    tx, schedules = optim.make(config, labels, steps, masks, never)
     state = train.init_state(moving, tx, state_key, stats)
     _check_identity(apply, train.variables(state, frozen), model, methods)
     state = jax.device_put(state, train.shardings(state, whole))

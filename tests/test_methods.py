@@ -1,9 +1,10 @@
 """The contract every method keeps, found by file: a new method is tested by adding its file.
 
 Each method runs on one encoder, each model family with three methods, scanned or unrolled in turn;
-alpha is unlike rank and targets include layers that are not square.
+what it is made with stands in tests/cases/, by its name.
 """
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,48 +15,7 @@ import tiny
 from bmft import evaluate, peft, train, tree
 from bmft.errors import Mistake
 
-# Settings to test a method with, beside its defaults; the tiny model is 24 wide.
-SETTINGS = {
-    "lora": [
-        {"rank": 3, "alpha": 7.0},
-        {"rank": 3, "alpha": 7.0, "rslora": True, "targets": ("all-linear",)},
-        {
-            "rank": 2,
-            "alpha": 5.0,
-            "targets": ("attention.output", "intermediate.dense"),
-            "bias": "all",
-        },
-        {
-            "rank": 2,
-            "alpha": 5.0,
-            "targets": ("query", "mlp.down"),
-            "rank_pattern": ("layer.1.*query=4",),
-            "alpha_pattern": ("down=9",),
-            "layers_to_transform": (1, 2),
-            "bias": "lora_only",
-            "modules_to_save": ("pooler",),
-        },
-    ],
-    "adapter": [
-        {"kind": "houlsby", "reduction": 4},
-        {"kind": "pfeiffer", "reduction": 5},
-        {"kind": "parallel", "reduction": 3},
-    ],
-    "bitfit": [
-        {"variant": "all"},
-        {"variant": "query_intermediate"},
-        {"norm": "none"},
-        {"norm": "scale_and_shift"},
-    ],
-    "ia3": [
-        {},
-        {
-            "targets": ("re:layers.[01].attention.output", "key", "mlp.up", "pooler"),
-            "feedforward": ("layers.1.attention.output", "mlp.up"),
-        },
-    ],
-    "partial_tuning": [{"last": 2}],
-}
+SETTINGS = cases.settings()
 NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # tests/test_conv_methods.py, tests/test_vit.py
 ON_BERT = [
     ("bert", (name,), group)
@@ -212,6 +172,60 @@ def test_nothing_is_differentiated_below_the_lowest_moving_layer(folders, unroll
     if unroll == 3:  # XLA counts the body of a loop once
         counts = [g.cost_analysis()["flops"] for g in (pieces_grad, whole_grad)]
         assert counts[0] < 0.75 * counts[1]
+
+
+def shared_method(model, unroll=1):
+    """A method with a leaf that all layers share, and a constant made on the weights."""
+    where = ("layers/attention/query", "layers/mlp/up", "pooler")
+
+    def shared(key, params):
+        return {"all": 0.1 * jax.random.normal(key, params["pooler"]["bias"].shape)}
+
+    def hook(module, call, *args):
+        if peft.path_of(module) not in where:
+            return call(*args)
+        kernel = module.get_variable("params", "kernel")
+        size = peft.constant(module, "size", lambda: jnp.abs(kernel).mean((0, 1)))
+        own = peft.leaf(module, "factor", jax.nn.initializers.ones, ())
+        return call(args[0] * (1 + size * own * peft.shared("toy")["all"]))
+
+    moves = lambda path: "toy" if path.startswith(("peft/", "peft_shared/toy/")) else None  # noqa: E731
+    return peft.Method("toy", moves, hook, shared=shared)
+
+
+@pytest.mark.parametrize("option", [{}, {"unroll": 3}, {"remat": "block"}])
+def test_shared_leaves_and_constants_of_weights(folders, option):
+    fitted = tiny.Fitted(folders["bert"], ("linear_probe",), **option)
+    method = shared_method(fitted.model)
+    attached = peft.attach((method,), fitted.model)
+    base = fitted.loaded.variables()
+    added = attached.add(jax.random.key(0), base)
+    assert {
+        p: leaf.shape for p, leaf in tree.flatten(added).items() if "up" in p or "toy" in p
+    } == {
+        "peft/layers/mlp/up/factor": (3,),
+        "peft_const/layers/mlp/up/size": (3,),
+        "peft_shared/toy/all": (24,),
+    }
+    kernels = base["params"]["layers"]["mlp"]["up"]["kernel"]
+    size = added["peft_const"]["layers"]["mlp"]["up"]["size"]
+    np.testing.assert_allclose(size, jnp.abs(kernels).mean((1, 2)), rtol=1e-6)
+    claims = peft.claims((method,), filter(peft.may_move, tree.flatten(base | added)), heads=())
+    moving, frozen = tree.split(base | added, lambda path: path in claims)
+
+    def objective(moving):
+        forward = train.bind(attached.apply, tree.join(moving, frozen))
+        return tiny.loss(lambda batch, train: forward(batch), tiny.batch(), None)[0][0]
+
+    value, grads = jax.jit(jax.value_and_grad(objective))(moving)
+    step = 1e-2
+    for path, grad in tree.flatten(grads).items():  # every module's use of the shared leaf counts
+        direction = np.sign(grad)
+        at = lambda t, path=path, d=direction: tree.map_with_path(  # noqa: E731
+            lambda p, x: x + t * d if p == path else x, moving
+        )
+        found = (objective(at(step)) - objective(at(-step))) / (2 * step)
+        assert found == pytest.approx(float(np.abs(grad).sum()), rel=0.02), path
 
 
 @pytest.mark.parametrize("alpha, rslora, scale", [(7.0, False, 7 / 4), (7.0, True, 7 / 2)])

@@ -115,7 +115,7 @@ class Fitted:
         self.apply = jax.jit(apply, static_argnames=("train", "adapter"))
         added = jax.jit(self.add)(jax.random.key(1), self.loaded.variables())
         self.variables = self.loaded.variables() | added
-        paths = [p for p in tree.flatten(self.variables) if not p.startswith("peft_const/")]
+        paths = [path for path in tree.flatten(self.variables) if peft.may_move(path)]
         self.claims = peft.claims(
             self.methods, paths, heads=self.model.heads, fresh=self.loaded.fresh
         )

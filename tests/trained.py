@@ -17,8 +17,9 @@ class Trained:
         rng, added = np.random.default_rng(0), portable.expected(self.methods, model)[1]
         flat = tree.flatten({"params": params})
         flat |= {
-            f"peft/{path}": np.full(leaf.shape, self.start(f"peft/{path}"), np.float32)
+            path: np.full(leaf.shape, self.start(path), np.float32)
             for path, leaf in added.items()
+            if peft.may_move(path)
         }
         self.claims = peft.claims(self.methods, flat, heads=model.heads, fresh=fresh)
         for path in self.claims:

@@ -6,13 +6,15 @@ and what a method adds lives in collections of its own:
 
     peft/layers/attention/query/lora_a [l, in, r]    moves, float32
     peft_const/layers/attention/query/lora_scale     saved, never moves
+    peft_shared/vera/a [r, in]                       one for all layers; moves if the method says so
 """
 
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,22 +29,30 @@ from bmft.errors import Mistake, nearest
 HEAD = "head"
 # Collections of variables that a model has by itself.
 BASE = ("params", "batch_stats")
+# Those that methods add.
+ADDED = ("peft", "peft_const", "peft_shared")
 
 
 class Method(NamedTuple):
     """Pure functions; every field but `name` and `moves` may stay None."""
 
     name: str
-    # path -> label or None. Asked for base leaves (params/...) and added ones (peft/...).
+    # path -> label or None. Asked for base leaves (params/...) and added ones (peft/...,
+    # peft_shared/<method>/...).
     moves: Callable
     # (module, call, *args) -> output: around the call of a module of bmft.layers.
     hook: Callable | None = None
     # {module path: {name: array}}: the method's constants, stacked as the module is.
     constants: dict | None = None
+    # (key, params) -> {name: array}: leaves that all layers share, float32, made on the loaded
+    # weights. Hooks read them by `peft.shared`.
+    shared: Callable | None = None
     # path -> bool [l] or None: of a moving leaf of the stack, which layers move; None is all.
     rows: Callable | None = None
-    # (params, added) -> params: folded into plain weights, float32. None: cannot be folded in, or
-    # adds nothing.
+    # Names of its leaves that weight decay never touches: biases, and what does not start at 0.
+    undecayed: tuple = ()
+    # (params, added) -> params: folded into plain weights, float32; added has all of ADDED. None:
+    # cannot be folded in, or adds nothing.
     merge: Callable | None = None
     # Largest difference between adapted and base logits before the first step, relative to the
     # largest base logit. 0: the same to the bit.
@@ -94,6 +104,30 @@ def leaf(module, name, init, shape):
     return module.variable("peft", name, make).value
 
 
+def constant(module, name, make):
+    """A leaf of a method at `module` that never moves and is made by make() on the loaded weights,
+    when the method's leaves are added: what starts the method, but is no number of its config."""
+    return module.variable("peft_const", name, make).value
+
+
+_SHARED = ContextVar("peft_shared")
+
+
+def shared(method):
+    """{name: array}: the leaves of a method that all layers share, in a hook."""
+    return _SHARED.get()[method]
+
+
+@contextmanager
+def _sharing(leaves):
+    # A scan over layers lifts the variables of its own modules alone, so these come in beside them.
+    token = _SHARED.set(leaves)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 def dropout(module, x, rate):
     """x with a share `rate` dropped from the method's own stream; x itself when not training."""
     if rate == 0.0 or not module.has_rng("peft"):
@@ -106,7 +140,7 @@ def dropout(module, x, rate):
 
 
 class Attached(NamedTuple):
-    add: Callable  # (key, {"params": ...}) -> {"peft": ..., "peft_const": ...}
+    add: Callable  # (key, {"params": ...}) -> {"peft": ..., "peft_const": ..., ...}
     # (variables, batch, *, train=False, key=None, adapter=True, seen=None) -> outputs
     apply: Callable
 
@@ -129,13 +163,21 @@ def attach(methods, model):
 
     def run(adapter, variables, batch, rngs, train=False, mutable=False):
         entered = nn.intercept_methods(around) if adapter and hooks else nullcontext()
-        with entered:
+        variables = dict(variables)
+        with _sharing(variables.pop("peft_shared", {})), entered:
             return model.module.apply(variables, batch, train, rngs=rngs, mutable=mutable)
 
     def add(key, base):
         """The leaves the methods add, made on the loaded variables: hooks see real kernels."""
-        made = run(True, {**base, **fixed}, model.dummy, {"peft": key}, mutable=["peft"])[1]
-        return {"peft": made.get("peft", {})} | fixed
+        own = {
+            method.name: method.shared(jax.random.fold_in(key, i), base["params"])
+            for i, method in enumerate(methods)
+            if method.shared
+        }
+        given = fixed | ({"peft_shared": own} if own else {})
+        variables, making = {**base, **given}, ["peft", "peft_const"]
+        made = run(True, variables, model.dummy, {"peft": key}, mutable=making)[1]
+        return {"peft": {}} | given | made
 
     def apply(variables, batch, *, train=False, key=None, adapter=True, seen=None):
         streams = ("dropout", "peft") if train else ()
@@ -163,10 +205,11 @@ def constants(methods):
 
 
 def merge(methods, params, added):
-    """Plain weights of a base tree (float32) and what methods added to it.
+    """Plain weights of a base tree (float32) and what methods added to it, any of ADDED.
 
     Raises Mistake for a method that adds leaves and cannot be folded in.
     """
+    added = {name: added.get(name, {}) for name in ADDED}
     for method in reversed(methods):  # the first one's hook is the outermost
         if method.merge:
             params = method.merge(params, added)
@@ -178,8 +221,13 @@ def merge(methods, params, added):
 # --- what moves ------------------------------------------------------------------------------
 
 
+def may_move(path):
+    """Can the leaf at a path be claimed? Not a constant, nor a statistic."""
+    return path.partition("/")[0] in ("params", "peft", "peft_shared")
+
+
 def claims(methods, paths, *, heads, fresh=(), head_label=False):
-    """{path: label} of every leaf that moves, of `paths` (params/... and peft/...).
+    """{path: label} of every leaf that moves, of `paths` (those that `may_move`).
 
     heads: subtrees of params the task owns: claimed last, under `head`, unless a method moves them
     already; head_label=True gives them `head` whoever else claims them (a rate of their own was

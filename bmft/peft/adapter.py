@@ -103,7 +103,8 @@ def make(
         norm = path.startswith("params/") and path.rpartition("/")[0].endswith("norm")
         return "adapter" if chosen.norms and norm else None
 
-    return peft.Method("adapter", moves, hook, identity=chosen.identity)
+    undecayed = ("adapter_down_bias", "adapter_up_bias")
+    return peft.Method("adapter", moves, hook, undecayed=undecayed, identity=chosen.identity)
 
 
 def _houlsby(adapter, call, h, stream):

@@ -62,7 +62,8 @@ def make(
         own = path.startswith("peft/") and "/conv_adapter_" in path
         return "conv_adapter" if own else None
 
-    return peft.Method("conv_adapter", moves, hook)
+    undecayed = tuple(f"conv_adapter_{name}" for name in ("down_bias", "up_bias", "scale"))
+    return peft.Method("conv_adapter", moves, hook, undecayed=undecayed)
 
 
 def _adapter(module, x, out, kernel, reduction, nonlinearity):

@@ -7,9 +7,8 @@ layer, in torch's layout; PEFT loads it and computes the same (bmft.peft.portabl
     base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias   a moved bias
     base_model.model.classifier.weight                                           the head
 
-Anything else stands by our own paths, whole stacks, under the peft_type `BMFT_<METHOD>`:
-
-    params/layers/mlp/up/bias [l, f]        peft/layers/mlp/adapter_up_kernel [l, m, d]
+Anything else stands by our own paths, whole stacks, under the peft_type `BMFT_<METHOD>`
+(bmft.peft.own).
 
 Running statistics that moved are in either: `running_mean` of a norm that stands there whole, or
 `batch_stats/stem/norm/mean`. An adapter without them leaves the base's.
@@ -19,7 +18,6 @@ Reading is strict: what is not understood and could change the outputs is refuse
 """
 
 import importlib
-import inspect
 import json
 import re
 import typing
@@ -35,10 +33,9 @@ from safetensors.numpy import save_file
 
 from bmft import peft, tree
 from bmft.errors import Mistake, nearest
-from bmft.peft import matching, portable
+from bmft.peft import matching, own, portable
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-OWN = "BMFT_"
 # PEFT's task_type of text classifiers; it has none for images, which are adapted without, or with
 # the one of encoders.
 TEXT, IMAGES = ("SEQ_CLS", None), (None, "FEATURE_EXTRACTION")
@@ -50,10 +47,11 @@ HEAD_BIAS = (
 BASE_KEY, LABELS_KEY = "bmft_base_fingerprint", "bmft_labels"
 
 # What any configuration may say that makes no difference to what a trained adapter computes.
-ABOUT = (
-    *("peft_type", "task_type", "inference_mode", "peft_version", "base_model_name_or_path"),
+COMMON = (
+    *("task_type", "inference_mode", "peft_version", "base_model_name_or_path"),
     *("revision", "auto_mapping", "runtime_config"),
 )
+ABOUT = ("peft_type", *COMMON)
 # On which modules: {field: (types, PEFT's default)}; bmft.peft.matching says what they mean.
 WHERE = {
     "target_modules": ((list[str], str), None),
@@ -83,6 +81,11 @@ class Files(NamedTuple):
     by_layer: bool = True  # has its configuration a layers_to_transform?
     copies: str | None = None  # what PEFT calls the whole copy that it trains of a site, if it does
     elsewhere: float = 0.0  # what its leaves are in layers that it is not on
+    # {collection/path: leaf} of the leaves that are at no site -> {whole key: tensor}, and back
+    # from all tensors of a file
+    encode_others: Callable | None = None
+    decode_others: Callable | None = None
+    prefix: str = portable.PREFIX  # of the keys of modules trained whole
     expressible: Callable | None = None  # model -> can PEFT compute it? None: always
     own: str | None = None  # BMFT_<own> is its peft_type where PEFT cannot; None: its name
 
@@ -96,6 +99,8 @@ class Layout(NamedTuple):
     defaults: dict  # {field: the one value it may have, beside null, false and empty}
     # ({field: value}, of `fields` and of WHERE, names table) -> arguments of the method's make
     arguments: Callable
+    # fields -> bool, where methods share a peft_type: is it this one's? None: if no other's
+    takes: Callable | None = None
 
 
 class Adapter(NamedTuple):
@@ -132,7 +137,7 @@ def write(folder, methods, groups, model, moving, frozen, *, base, fingerprint, 
     task, encoded = _tasks(model)[0], None
     if len(methods) == 1 and methods[0].files:
         encoded = portable.encode(methods[0], model, moving, frozen, _implied(task))
-    settings, tensors = encoded or _encode_own(methods, groups, model, moving, frozen)
+    settings, tensors = encoded or own.encode(methods, groups, model, moving, frozen)
     settings |= {"base_model_name_or_path": base, "task_type": task, "inference_mode": True}
     about = {"format": "pt", BASE_KEY: fingerprint}
     if labels is not None:
@@ -149,24 +154,6 @@ def write(folder, methods, groups, model, moving, frozen, *, base, fingerprint, 
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def _encode_own(methods, groups, model, moving, frozen):
-    names = [method.name for method in methods]
-    moved = tree.flatten(moving)
-    claimed = peft.claims(methods, moved, heads=model.heads)
-    settings = {
-        "peft_type": _own_type(methods),
-        "methods": names,
-        "groups": {name: _own_group(name, groups.get(name, {})) for name in names},
-        # Leaves that no base file had, which moved with the head.
-        "fresh": sorted(
-            path.removeprefix("params/")
-            for path in moved
-            if path.startswith("params/") and path not in claimed
-        ),
-    }
-    return settings, moved | tree.flatten({"peft_const": frozen.get("peft_const", {})})
-
-
 def _tasks(model):
     """The task_types that an adapter of the model may have, the first of which is written."""
     return IMAGES if "images" in model.dummy else TEXT
@@ -175,18 +162,6 @@ def _tasks(model):
 def _implied(task):
     """What PEFT takes for modules_to_save of a task_type, whatever the file says."""
     return matching.HEADS if task == TEXT[0] else ()
-
-
-def _own_type(methods):
-    alone = methods[0].files if len(methods) == 1 else None
-    names = [alone.own] if alone and alone.own else [method.name for method in methods]
-    return OWN + "_".join(names).upper()
-
-
-def _own_group(name, group):
-    """Those keys of a method's group that are its make's."""
-    wanted = inspect.signature(peft.get(name)).parameters
-    return {key: value for key, value in group.items() if key in wanted}
 
 
 # --- in --------------------------------------------------------------------------------------
@@ -227,9 +202,12 @@ def read(folder, model, *, fingerprint=None):
         known = " and ".join(map(repr, known))
         raise Mistake(f"{folder / CONFIG}: task_type {asked!r}; {known} are known for {model.name}")
     tensors = _read_tensors(folder / TENSORS)
-    own = fields["peft_type"].startswith(OWN)
-    decode = _decode_own if own else _decode
-    methods, groups, leaves, rows = decode(folder, fields, tensors, model)
+    if fields["peft_type"].startswith(own.PREFIX):
+        others = {field: value for field, value in fields.items() if field not in COMMON}
+        read = own.decode(others, tensors, model, folder / CONFIG, folder / TENSORS)
+    else:
+        read = _decode(folder, fields, tensors, model)
+    methods, groups, leaves, rows = read
     names = tuple(method.name for method in methods)
     return Adapter(methods, names, groups, leaves, rows, _labels(about), folder / TENSORS)
 
@@ -254,11 +232,17 @@ def insert(adapter, base, fresh=()):
 def _decode(folder, fields, tensors, model):
     """(methods, groups, leaves, rows) of PEFT's layout."""
     layouts = {name: layout for name in peft.names() if (layout := _layout(name))}
-    types = {layout.peft_type: name for name, layout in layouts.items()}
+    # One that takes these very fields goes before one that takes any.
+    sharing = sorted(layouts, key=lambda name: layouts[name].takes is None, reverse=True)
+    types = {
+        layouts[name].peft_type: name
+        for name in sharing
+        if layouts[name].takes is None or layouts[name].takes(fields)
+    }
     file = folder / CONFIG
     if fields["peft_type"] not in types:
-        own = [OWN + name.upper() for name in peft.names()]
-        near = nearest(fields["peft_type"], [*types, *own])
+        others = [own.PREFIX + name.upper() for name in peft.names()]
+        near = nearest(fields["peft_type"], [*types, *others])
         raise Mistake(f"{file}: peft_type {fields['peft_type']!r} is not known here; {near}")
     name, spoken = types[fields["peft_type"]], portable.dialect(model.names, tensors)
     try:
@@ -299,57 +283,6 @@ def _is(value, kind):
         return isinstance(value, list) and all(_is(one, typing.get_args(kind)[0]) for one in value)
     # Python takes True for an int.
     return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-
-
-def _decode_own(folder, fields, tensors, model):
-    """(methods, groups, leaves, rows) of our own layout."""
-    file = folder / CONFIG
-    known = {"methods": list, "groups": dict, "fresh": list}
-    for field in sorted({*fields, *known} - {*ABOUT}):
-        if field not in known:
-            raise Mistake(f"{file}: unknown field {field!r}; {nearest(field, known)}")
-        if not isinstance(fields.get(field), known[field]):
-            raise Mistake(f"{file}: field {field!r} must be a {known[field].__name__}")
-    names, groups = tuple(fields["methods"]), fields["groups"]
-    try:
-        for name in names:
-            peft.get(name)
-        groups = {name: _from_json(name, groups.get(name, {})) for name in names}
-        methods = peft.build(model, names, groups) if names else ()
-        if not names or fields["peft_type"] != _own_type(methods):
-            raise Mistake(f"peft_type {fields['peft_type']!r} is not that of methods {names}")
-    except (TypeError, ValueError, AttributeError) as error:  # values of a wrong type
-        raise Mistake(f"{file}: field 'groups': {error}") from None
-    except Mistake as mistake:
-        raise Mistake(f"{file}: {mistake}") from None
-    base, added = portable.expected(methods, model)
-    running = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
-    statistics = {f"batch_stats/{path}": base.pop(path).shape for path in running}
-    shapes = {f"params/{path}": leaf.shape for path, leaf in base.items()}
-    shapes |= {f"peft/{path}": leaf.shape for path, leaf in added.items()}
-    for path in fields["fresh"]:
-        if path not in base:
-            raise Mistake(f"{file}: field 'fresh' names {path!r}; {nearest(path, base)}")
-    claimed = peft.claims(methods, shapes, heads=model.heads, fresh=fields["fresh"])
-    wanted = {path: shape for path, shape in shapes.items() if path in claimed}
-    constants = tree.flatten(peft.constants(methods))
-    wanted |= {path: leaf.shape for path, leaf in constants.items()}
-    if any(path.startswith("batch_stats/") for path in tensors):  # all of them moved, or none
-        wanted |= statistics
-    portable.check(wanted, tensors, folder / TENSORS)
-    for path, leaf in constants.items():
-        if not np.allclose(tensors.pop(path), leaf, rtol=1e-6):
-            raise Mistake(f"{folder / TENSORS}: {path} is not what {CONFIG} makes of it")
-    return methods, groups, tensors, {}
-
-
-def _from_json(name, group):
-    """A method's group with tuples for lists; Mistake for a key its make does not take."""
-    wanted = list(inspect.signature(peft.get(name)).parameters)[1:]
-    for key in group:
-        if key not in wanted:
-            raise Mistake(f"peft.{name} has no {key!r}; {nearest(key, wanted)}")
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
 
 
 # --- files -----------------------------------------------------------------------------------

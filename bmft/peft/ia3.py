@@ -68,7 +68,10 @@ def make(
         by_layer=False,
         elsewhere=1.0,
     )
-    return peft.Method("ia3", moves, hook, rows=rows, merge=_merge, files=files)
+    undecayed = tuple(masks)  # they start at 1
+    return peft.Method(
+        "ia3", moves, hook, rows=rows, undecayed=undecayed, merge=_merge, files=files
+    )
 
 
 def _inputs(table, sites, feedforward, about):

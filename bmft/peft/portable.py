@@ -37,11 +37,12 @@ def encode(method, model, moving, frozen, implied):
     for key, (leaf, layer) in slots.items():
         array = np.asarray(moved[leaf.path] if leaf.path in moved else still[leaf.path])
         tensors[key] = to_file(_layout(leaf), array if layer is None else array[layer])
-    added, constants = moving.get("peft", {}), frozen.get("peft_const", {})
-    tensors |= _encode_added(method, names, added, constants)
-    where = matching.spell_targets(
-        names, own.sites, (*saved, *implied), own.kinds, own.parts, own.by_layer
-    )
+    tensors |= _encode_added(method, names, tree.join(moving, frozen))
+    where = {}
+    if own.sites:
+        where = matching.spell_targets(
+            names, own.sites, (*saved, *implied), own.kinds, own.parts, own.by_layer
+        )
     return own.settings | where | {"modules_to_save": saved}, tensors
 
 
@@ -69,10 +70,10 @@ def decode(method, model, tensors, modules_to_save, file):
     wanted = dict.fromkeys(_counters(slots), ()) | {
         key: _shape(leaf, layer, base[leaf.path].shape) for key, (leaf, layer) in slots.items()
     }
-    zeros = tree.unflatten({path: np.zeros(leaf.shape, np.float32) for path, leaf in added.items()})
-    constants = peft.constants((method,)).get("peft_const", {})
-    of_modules = _encode_added(method, names, zeros, constants)
-    wanted |= {key: tensor.shape for key, tensor in of_modules.items()}
+    zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in added.items()}
+    zeros |= tree.flatten(peft.constants((method,)))
+    of_method = _encode_added(method, names, tree.unflatten(zeros))
+    wanted |= {key: tensor.shape for key, tensor in of_method.items()}
     check(wanted, tensors, file, may_have=_copies(tensors, wanted) if bias == "all" else ())
     leaves, rows = {}, {}
     for key, (leaf, layer) in slots.items():
@@ -89,10 +90,11 @@ def decode(method, model, tensors, modules_to_save, file):
 
 
 def expected(methods, model):
-    """The shapes of the base tree and of what `methods` add: ({path: shape}, {path: shape})."""
+    """The shapes of the base tree and of what `methods` add to it: ({path: shape},
+    {collection/path: shape})."""
     key = jax.random.key(0)
     base = jax.eval_shape(model.module.init, key, model.dummy)
-    added = jax.eval_shape(peft.attach(methods, model).add, key, base)["peft"]
+    added = jax.eval_shape(peft.attach(methods, model).add, key, base)
     leaves = tree.join(*(base[name] for name in peft.BASE if name in base))
     return tree.flatten(leaves), tree.flatten(added)
 
@@ -141,7 +143,7 @@ def _slots(names, own, whole):
                 name, _, end = names.full(leaf).format(layer).rpartition(".")
                 # PEFT's module on a site holds the original as base_layer.
                 name += f".{own.copies or 'base_layer'}" if on_site else ""
-                slots[f"{PREFIX}{name}.{end}"] = leaf, layer
+                slots[f"{own.prefix}{name}.{end}"] = leaf, layer
     return slots
 
 
@@ -204,19 +206,27 @@ def _copies(keys, wanted):
 # --- leaves of the method --------------------------------------------------------------------
 
 
-def _by_module(leaves):
-    """{path: leaf} -> {module path: {name: leaf}}"""
-    modules = {}
+def _by_module(leaves, sites):
+    """({module path: {name: leaf}} of the modules `sites`, {path: leaf} of all others) of leaves
+    {collection/path: leaf}."""
+    modules, others = {}, {}
     for path, leaf in leaves.items():
-        module, _, name = path.rpartition("/")
-        modules.setdefault(module, {})[name] = leaf
-    return modules
+        collection, _, where = path.partition("/")
+        module, _, name = where.rpartition("/")
+        if module in sites and collection != "peft_shared":
+            modules.setdefault(module, {})[name] = leaf
+        else:
+            others[path] = leaf
+    return modules, others
 
 
-def _encode_added(method, names, added, constants):
-    tensors, fixed = {}, _by_module(tree.flatten(constants))
-    for path, leaves in _by_module(tree.flatten(added)).items():
-        leaves = {name: np.asarray(leaf) for name, leaf in (leaves | fixed.get(path, {})).items()}
+def _encode_added(method, names, variables):
+    """{key: tensor} of what the method added, of all variables."""
+    added = {name: variables[name] for name in peft.ADDED if name in variables}
+    added = {path: np.asarray(leaf) for path, leaf in tree.flatten(added).items()}
+    modules, others = _by_module(added, method.files.sites)
+    tensors = method.files.encode_others(others) if method.files.encode_others else {}
+    for path, leaves in modules.items():
         for layer in matching.layers(method.files.sites[path]):
             mine = {name: leaf[matching.at(layer)] for name, leaf in leaves.items()}
             theirs = PREFIX + names.called(path, layer)[1]
@@ -226,10 +236,13 @@ def _encode_added(method, names, added, constants):
 
 
 def _decode_added(method, names, added, tensors):
-    rest = method.files.elsewhere
-    leaves = {f"peft/{path}": np.full(leaf.shape, rest, np.float32) for path, leaf in added.items()}
-    for path in _by_module(added):
-        for layer in matching.layers(method.files.sites[path]):
+    """{collection/path: leaf} of those in `added` {collection/path: shape} that move."""
+    own, rest = method.files, method.files.elsewhere
+    moving = {path: leaf for path, leaf in added.items() if path.startswith("peft/")}
+    leaves = {path: np.full(leaf.shape, rest, np.float32) for path, leaf in moving.items()}
+    leaves |= own.decode_others(tensors) if own.decode_others else {}
+    for path in _by_module(moving, own.sites)[0]:
+        for layer in matching.layers(own.sites[path]):
             theirs = PREFIX + names.called(path, layer)[1] + "."
             mine = {
                 key.removeprefix(theirs): t for key, t in tensors.items() if key.startswith(theirs)

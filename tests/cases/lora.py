@@ -1,0 +1,16 @@
+# alpha is unlike rank, and targets include layers that are not square; 24 wide, three layers.
+SETTINGS = [
+    {"rank": 3, "alpha": 7.0},
+    {"rank": 3, "alpha": 7.0, "rslora": True, "targets": ("all-linear",)},
+    {"rank": 2, "alpha": 5.0, "targets": ("attention.output", "intermediate.dense"), "bias": "all"},
+    {
+        "rank": 2,
+        "alpha": 5.0,
+        "targets": ("query", "mlp.down"),
+        "rank_pattern": ("layer.1.*query=4",),
+        "alpha_pattern": ("down=9",),
+        "layers_to_transform": (1, 2),
+        "bias": "lora_only",
+        "modules_to_save": ("pooler",),
+    },
+]

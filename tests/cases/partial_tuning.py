@@ -1,0 +1,1 @@
+SETTINGS = [{"last": 2}]
