@@ -31,12 +31,12 @@ def adapter(folder, write, beside=None):
             beside.save_pretrained(partial)
 
 
-def merged(folder, *, load, merge, moving, frozen, names, settings, labels, beside=None):
+def merged(folder, *, load, merge, moving, names, settings, labels, beside=None):
     """A directory that transformers loads: the methods folded into plain weights, float32.
 
     load() -> the base tree in float32 with its running statistics, read again from its file, since
-    frozen leaves may be in a lower precision; merge(params, added) -> params, the methods'; moving
-    (running statistics among them, if they moved), frozen: trees of variables, whole on this host;
+    frozen leaves may be in a lower precision; merge(params) -> params with the methods folded in;
+    moving: the tree of variables that moved, running statistics among them, whole on this host;
     names: the model's names table; settings: its config.json; labels: names of the outputs, None
     for regression. Raises Mistake for a method that cannot be merged.
     """
@@ -44,8 +44,7 @@ def merged(folder, *, load, merge, moving, frozen, names, settings, labels, besi
     for name in ("params", "batch_stats"):
         for path, leaf in tree.flatten(moving.get(name, {})).items():
             params[path] = np.asarray(leaf, np.float32)
-    added = tree.map_with_path(lambda path, leaf: np.asarray(leaf), tree.join(moving, frozen))
-    params = tree.flatten(merge(tree.unflatten(params), added))
+    params = tree.flatten(merge(tree.unflatten(params)))
     with whole(folder) as partial:
         save_file(_tensors(names, params), partial / "model.safetensors", {"format": "pt"})
         text = json.dumps(_config(settings, labels), indent=2, sort_keys=True) + "\n"

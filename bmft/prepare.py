@@ -94,9 +94,8 @@ def write_exports(config, folder, model, methods, state, frozen, *, labels, fing
         export.merged(
             folder / "model",
             load=lambda: weights.load(model, jax.random.key(0)).leaves(),
-            merge=lambda params, added: peft.merge(methods, params, added),
+            merge=lambda params: peft.merge(methods, params, peft.added(moving, still)),
             moving=moving,
-            frozen=still,
             names=model.names,
             settings=models.written_json(model),
             labels=labels,

@@ -632,16 +632,11 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
 def test_merged_model(bases, tmp_path, family, groups):
     model, params = bases[family]
     trained = Trained(model, params, groups)
-    # What is frozen may be in a lower precision: it is not what gets merged.
-    low = tree.map_with_path(
-        lambda path, x: x.astype(jnp.bfloat16) if path.startswith("params/") else x, trained.frozen
-    )
     export.merged(
         tmp_path / "model",
         load=lambda: weights.load(model, jax.random.key(0)).params,
-        merge=lambda params, added: peft.merge(trained.methods, params, added),
+        merge=trained.merged,
         moving=trained.moving,
-        frozen=low,
         names=model.names,
         settings=model.json,
         labels=LABELS,

@@ -44,6 +44,9 @@ class Trained:
             return np.broadcast_to(np.asarray(scale)[..., None] > 0, leaf.shape)
         return True if rows is None else rows.reshape(-1, *[1] * (leaf.ndim - 1))
 
+    def merged(self, params):
+        return peft.merge(self.methods, params, peft.added(self.moving, self.frozen))
+
     def write(self, folder, **changes):
         told = {"base": "tiny", "fingerprint": "f" * 64, "labels": LABELS} | changes
         files.write(folder, self.methods, self.groups, self.model, self.moving, self.frozen, **told)

@@ -193,6 +193,11 @@ def attach(methods, model):
     return Attached(add, apply)
 
 
+def added(moving, frozen):
+    """Of two trees of variables together, what methods added: {collection: tree}, all of ADDED."""
+    return {name: tree.join(moving.get(name, {}), frozen.get(name, {})) for name in ADDED}
+
+
 def constants(methods):
     """{"peft_const": tree of the methods' constants}; {} if they have none."""
     flat = {

@@ -32,8 +32,7 @@ def encode(methods, groups, model, moving, frozen):
             if path.startswith("params/") and path not in claimed
         ),
     }
-    added = {name: frozen[name] for name in peft.ADDED if name in frozen}
-    return settings, moved | tree.flatten(added)
+    return settings, moved | tree.flatten(peft.added({}, frozen))
 
 
 def decode(fields, tensors, model, file, tensors_file):

@@ -37,7 +37,7 @@ def encode(method, model, moving, frozen, implied):
     for key, (leaf, layer) in slots.items():
         array = np.asarray(moved[leaf.path] if leaf.path in moved else still[leaf.path])
         tensors[key] = to_file(_layout(leaf), array if layer is None else array[layer])
-    tensors |= _encode_added(method, names, tree.join(moving, frozen))
+    tensors |= _encode_added(method, names, peft.added(moving, frozen))
     where = {}
     if own.sites:
         where = matching.spell_targets(
@@ -220,9 +220,8 @@ def _by_module(leaves, sites):
     return modules, others
 
 
-def _encode_added(method, names, variables):
-    """{key: tensor} of what the method added, of all variables."""
-    added = {name: variables[name] for name in peft.ADDED if name in variables}
+def _encode_added(method, names, added):
+    """{key: tensor} of what the method added, {collection: tree}."""
     added = {path: np.asarray(leaf) for path, leaf in tree.flatten(added).items()}
     modules, others = _by_module(added, method.files.sites)
     tensors = method.files.encode_others(others) if method.files.encode_others else {}

@@ -231,9 +231,8 @@ def test_merged_models(saved, tmp_path, family, groups):
     export.merged(
         tmp_path,
         load=lambda: params,
-        merge=lambda params, added: peft.merge(trained.methods, params, added),
+        merge=trained.merged,
         moving=trained.moving,
-        frozen=trained.frozen,
         names=model.names,
         settings=model.json,
         labels=LABELS,
@@ -261,9 +260,8 @@ def test_merged_regression(tmp_path):
     export.merged(
         tmp_path / "model",
         load=lambda: params,
-        merge=lambda params, added: peft.merge(trained.methods, params, added),
+        merge=trained.merged,
         moving=trained.moving,
-        frozen=trained.frozen,
         names=model.names,
         settings=model.json | {"torch_dtype": "bfloat16", "dtype": "bfloat16"},
         labels=None,

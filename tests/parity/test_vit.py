@@ -228,9 +228,8 @@ def merged(folder, model, loaded, groups):
     export.merged(
         folder,
         load=loaded.leaves,
-        merge=lambda params, added: peft.merge(trained.methods, params, added),
+        merge=trained.merged,
         moving=trained.moving,
-        frozen=trained.frozen,
         names=model.names,
         settings=models.written_json(model),
         labels=LABELS,
