@@ -172,7 +172,7 @@ def saved(names, entries):
     """
     hit = {}
     for entry in entries:
-        before = sum(mask.sum() for mask in hit.values())
+        found = False
         for leaf in names.leaves:
             for layer in names.layers_of(leaf.path):
                 module, _, last = leaf.path.rpartition("/")
@@ -180,8 +180,8 @@ def saved(names, entries):
                 if any(matches(entry, holder) for name in called for holder in _holders(name)):
                     size = names.layers if layer is not None else ()
                     mask = hit.setdefault(leaf.path, np.zeros(size, bool))
-                    mask[() if layer is None else layer] = True
-        if sum(mask.sum() for mask in hit.values()) == before:
+                    mask[() if layer is None else layer] = found = True
+        if not found:
             known = {path.rpartition("/")[2] for path in names.modules(*KINDS.values())}
             raise Mistake(f"modules_to_save {entry!r} matches no module; {nearest(entry, known)}")
     return hit

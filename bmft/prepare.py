@@ -203,7 +203,8 @@ def fit(config, model, methods, mesh, steps):
 
     loaded = weights.load(model, key, dtype=dtype, sharding=sharding.of_leaf(mesh, model.sharding))
     base = loaded.variables()
-    variables = base | jax.jit(peft.attach(methods, model).add, out_shardings=whole)(add_key, base)
+    add = jax.jit(peft.attach(methods, model).add, out_shardings=whole, compiler_options=_quickly())
+    variables = base | add(add_key, base)
     stats = {name: variables.pop(name) for name in ("batch_stats",) if _statistics_move(model)}
     labels = peft.claims(
         methods,
@@ -227,6 +228,12 @@ def fit(config, model, methods, mesh, steps):
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
     momentum = MOMENTUM[model.config.batch_norm] if stats else None
     return Fit(apply, module, momentum, state, frozen, tx, labels, schedules[first], rows, loaded)
+
+
+def _quickly():
+    """How to compile what runs once: the convolutional adapters of a ResNet-20 took 15 s, now 2."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": 0} if on_cpu else None
 
 
 # How far the running statistics go towards a batch's, by the policy. The first is torch's. The

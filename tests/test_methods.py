@@ -14,6 +14,7 @@ import tiny
 
 from bmft import evaluate, peft, train, tree
 from bmft.errors import Mistake
+from bmft.names import saved
 
 SETTINGS = cases.settings()
 NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # tests/test_conv_methods.py, tests/test_vit.py
@@ -258,6 +259,12 @@ def test_layers_that_are_no_target_stay(folders):
     path = "params/layers/attention/query/bias"
     assert peft.moving_rows(fitted.methods, path).tolist() == [False, True, False]
     assert peft.moving_rows(fitted.methods, "params/classifier/out/bias") is None
+
+
+def test_entries_that_mean_the_same_are_no_mistake(folders):
+    names = tiny.Fitted(folders["bert"], ("linear_probe",)).model.names
+    entries = ("layers.1", "layers.1.mlp.up")
+    assert saved(names, entries).keys() == saved(names, entries[:1]).keys()
 
 
 def test_two_methods_that_claim_a_leaf_are_refused(folders):

@@ -130,7 +130,7 @@ def test_every_split_into_pieces_gives_the_whole(folders):
     assert vit.pieces(model.config) == 4
     for cut in range(1, 5):
         below = run(batch, end=cut)
-        assert below.shape == (4, 1 + 3 * 5, 24)
+        assert below.shape == ((4, 24) if cut == 4 else (4, 1 + 3 * 5, 24))
         close(run({"features": below}, begin=cut), whole, atol=1e-6)
         if cut == 3:
             first = run(batch, end=1)

@@ -64,7 +64,8 @@ class Classifier(nn.Module):
     3], each side a multiple of the patch, or Mistake.
 
     begin: the first pieces that are left out: batch["features"] is what they would give.
-    end: only so many are computed, and the tokens [b, t, d] behind them are returned.
+    end: only so many are computed, and what comes out is returned: the tokens [b, t, d], or behind
+    the last piece [b, d], what the head reads of them.
     """
 
     config: Config
@@ -77,29 +78,33 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, batch, train=False):
-        c = self.config
-        if self.begin:
-            x_btd = batch["features"].astype(self.dtype)
-        else:
-            images = layers.standardize(batch["images"], c.standardize, c.mean, c.std)
-            x_btd = Embeddings(c, train, self.dtype, name="embeddings")(images)
-        x_btd = layers.scan_layers(
-            Block(c, train, self.dtype, name="layers"),
-            x_btd,
-            None,
-            depth=c.depth,
-            unroll=self.unroll,
-            remat=self.remat == "block",
-            frozen_below=self.frozen_below,
-            begin=max(self.begin - 1, 0),
-            end=(pieces(c) if self.end is None else self.end) - 1,
-        )
+        c, last = self.config, pieces(self.config)
+        x = batch["features"].astype(self.dtype) if self.begin else self._embedded(batch, train)
+        if self.begin < last:
+            x = layers.scan_layers(
+                Block(c, train, self.dtype, name="layers"),
+                x,
+                None,
+                depth=c.depth,
+                unroll=self.unroll,
+                remat=self.remat == "block",
+                frozen_below=self.frozen_below,
+                begin=max(self.begin - 1, 0),
+                end=(last if self.end is None else self.end) - 1,
+            )
+            if self.end is not None and self.end < last:
+                return x
+            x = Readout(c.pooled, name="readout")(x)
         if self.end is not None:
-            return x_btd
+            return x
         # The norm is of each token, so it may as well come after the choice of the class token.
-        x_bd = Readout(c.pooled, name="readout")(x_btd)
-        x_bd = layers.LayerNorm(c.eps, self.dtype, name="norm")(x_bd)
+        x_bd = layers.LayerNorm(c.eps, self.dtype, name="norm")(x)
         return vision.Head(c.outputs, self.dtype, name="classifier")(x_bd).astype(jnp.float32)
+
+    def _embedded(self, batch, train):
+        c = self.config
+        images = layers.standardize(batch["images"], c.standardize, c.mean, c.std)
+        return Embeddings(c, train, self.dtype, name="embeddings")(images)
 
 
 class Embeddings(nn.Module):
