@@ -1,4 +1,4 @@
-# In PEFT's files it is a LoRA, so its tests against PEFT are its own: tests/parity/test_lora_family.py
+# In PEFT's files it is a LoRA: its tests against PEFT are in tests/parity/test_lora_family.py
 SETTINGS = [
     {"rank": 3, "alpha": 7.0, "targets": ("query", "up", "pooler")},
     {
