@@ -1,6 +1,7 @@
 """Config -> one optax transformation over the moving leaves: clip, then an optimizer per label.
 
-A label is a method's name or `head`. Labels differ in learning rate and weight decay; the shape of
+A label is a method's name or `head`, or a method's name and how much faster than the method's rate
+the leaf learns: `lora_plus*16`. Labels differ in learning rate and weight decay; the shape of
 the schedule is the same for all. Decay never touches biases and norms, whatever their label.
 """
 
@@ -38,12 +39,13 @@ def rates(config, labels):
     """{label: (learning rate, weight decay)} of config.optim and each method's own group."""
     found = {}
     for label in sorted(set(labels)):
-        own = config.peft.get(label, {})
+        method, _, factor = label.partition("*")
+        own = config.peft.get(method, {})
         rate, decay = own.get("learning_rate"), own.get("weight_decay")
         if label == "head":
             rate = config.optim.head_learning_rate
         found[label] = (
-            config.optim.learning_rate if rate is None else rate,
+            (config.optim.learning_rate if rate is None else rate) * float(factor or 1),
             config.optim.weight_decay if decay is None else decay,
         )
     return found

@@ -38,7 +38,8 @@ class Method(NamedTuple):
 
     name: str
     # path -> label or None. Asked for base leaves (params/...) and added ones (peft/...,
-    # peft_shared/<method>/...).
+    # peft_shared/<method>/...). A label is the method's name, or name*factor for a leaf that learns
+    # so much faster.
     moves: Callable
     # (module, call, *args) -> output: around the call of a module of bmft.layers.
     hook: Callable | None = None

@@ -22,8 +22,9 @@ from bmft.errors import Mistake
 from bmft.peft import portable
 
 
-def shapes(conv, channels, rank, grouped):
-    """Shapes of A and B for a `layers.Conv` on so many channels; grouped: A is in groups, too.
+def shapes(conv, channels, rank, grouped, method):
+    """Shapes of A and B for a `layers.Conv` on so many channels; grouped: A is in groups, too;
+    method: whose rank it is.
 
     Raises Mistake for a rank that is no multiple of the groups.
     """
@@ -31,8 +32,8 @@ def shapes(conv, channels, rank, grouped):
         fits = -(-rank // conv.groups) * conv.groups
         where = peft.path_of(conv)
         raise Mistake(
-            f"peft.lora.rank: {where} is a convolution in {conv.groups} groups, and rank {rank} is "
-            f"no multiple of them; try {fits}, here alone by rank_pattern"
+            f"peft.{method}.rank: {where} is a convolution in {conv.groups} groups, and rank "
+            f"{rank} is no multiple of them; try {fits}, here alone by rank_pattern"
         )
     read = channels // conv.groups if grouped else channels
     return (*conv.kernel, read, rank), (1, 1, rank // conv.groups, conv.features)

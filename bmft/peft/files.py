@@ -113,6 +113,7 @@ class Adapter(NamedTuple):
     rows: dict  # {"params/...": bool [l]}: leaves of which only these layers are meant
     labels: tuple | None
     file: Path  # of the tensors
+    repeated: dict = {}  # {"params/...": leaf}: base leaves that are in it and did not move
 
 
 class Card(NamedTuple):
@@ -207,20 +208,29 @@ def read(folder, model, *, fingerprint=None):
         read = own.decode(others, tensors, model, folder / CONFIG, folder / TENSORS)
     else:
         read = _decode(folder, fields, tensors, model)
-    methods, groups, leaves, rows = read
+    methods, groups, leaves, rows, *repeated = read
     names = tuple(method.name for method in methods)
-    return Adapter(methods, names, groups, leaves, rows, _labels(about), folder / TENSORS)
+    return Adapter(
+        methods, names, groups, leaves, rows, _labels(about), folder / TENSORS, *repeated
+    )
 
 
 def insert(adapter, base, fresh=()):
     """All variables of a loaded base (`Loaded.variables`) and an `Adapter` for it.
 
-    fresh: paths that no base file had; Mistake if the adapter has them neither.
+    fresh: paths that no base file had; Mistake if the adapter has them neither, or if it repeats a
+    leaf of the base otherwise than the base has it.
     """
     lost = [path for path in fresh if f"params/{path}" not in adapter.leaves]
     if lost:
         raise Mistake(f"{adapter.file}: has no {lost[0]}, and nor has the base: it would be random")
     flat = tree.flatten({**base, **peft.constants(adapter.methods)})
+    for path, leaf in adapter.repeated.items():
+        if not np.array_equal(jnp.asarray(leaf, flat[path].dtype), flat[path]):
+            raise Mistake(
+                f"{adapter.file}: its {path.removeprefix('params/')} is not the base's: it "
+                "was trained on another base, or with a vocabulary of its own"
+            )
     for path, leaf in adapter.leaves.items():
         if path in adapter.rows:
             mask = adapter.rows[path].reshape(-1, *[1] * (leaf.ndim - 1))
@@ -230,7 +240,7 @@ def insert(adapter, base, fresh=()):
 
 
 def _decode(folder, fields, tensors, model):
-    """(methods, groups, leaves, rows) of PEFT's layout."""
+    """(methods, groups, leaves, rows, repeated) of PEFT's layout."""
     layouts = {name: layout for name in peft.names() if (layout := _layout(name))}
     # One that takes these very fields goes before one that takes any.
     sharing = sorted(layouts, key=lambda name: layouts[name].takes is None, reverse=True)

@@ -58,8 +58,8 @@ def dialect(names, keys):
 
 
 def decode(method, model, tensors, modules_to_save, file):
-    """(leaves, rows) of bmft.peft.files.Adapter from the {key: tensor} of a file; the model's names
-    are in the file's dialect.
+    """(leaves, rows, repeated) of bmft.peft.files.Adapter from the {key: tensor} of a file; the
+    model's names are in the file's dialect.
 
     Raises Mistake, naming file and key, unless the keys and shapes are exactly the method's.
     """
@@ -74,6 +74,9 @@ def decode(method, model, tensors, modules_to_save, file):
     zeros |= tree.flatten(peft.constants((method,)))
     of_method = _encode_added(method, names, tree.unflatten(zeros))
     wanted |= {key: tensor.shape for key, tensor in of_method.items()}
+    repeated = {key: path for key, path in _embeddings(names).items() if key not in wanted}
+    repeated = {key: path for key, path in repeated.items() if key in tensors}
+    wanted |= {key: base[path].shape for key, path in repeated.items()}
     check(wanted, tensors, file, may_have=_copies(tensors, wanted) if bias == "all" else ())
     leaves, rows = {}, {}
     for key, (leaf, layer) in slots.items():
@@ -86,7 +89,8 @@ def decode(method, model, tensors, modules_to_save, file):
         leaves[path][layer] = from_file(_layout(leaf), tensors[key])
         rows[path][layer] = True
     leaves |= _decode_added(method, names, added, tensors)
-    return leaves, {path: mask for path, mask in rows.items() if not mask.all()}
+    rows = {path: mask for path, mask in rows.items() if not mask.all()}
+    return leaves, rows, {f"params/{path}": tensors[key] for key, path in repeated.items()}
 
 
 def expected(methods, model):
@@ -190,6 +194,16 @@ def _layout(leaf):
 def _shape(leaf, layer, shape):
     """The shape of a leaf of a layer in the file."""
     return in_file(_layout(leaf), shape if layer is None else shape[1:])
+
+
+def _embeddings(names):
+    """{key: path} of the tables of embeddings that PEFT may write beside an adapter
+    (save_embedding_layers), by themselves or as what its module on them holds."""
+    return {
+        f"{PREFIX}{name}{inside}.weight": f"{path}/embedding"
+        for path, name in names.modules("embed").items()
+        for inside in ("", ".base_layer")
+    }
 
 
 def _copies(keys, wanted):

@@ -1,3 +1,5 @@
+from cases import Case
+
 # alpha is unlike rank, and targets include layers that are not square; 24 wide, three layers.
 SETTINGS = [
     {"rank": 3, "alpha": 7.0},
@@ -13,4 +15,23 @@ SETTINGS = [
         "bias": "lora_only",
         "modules_to_save": ("pooler",),
     },
+    {"rank": 3, "alpha": 7.0, "targets": ("embeddings.word", "position_embeddings", "up")},
 ]
+CASES = {
+    "lora_embedding": Case(
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 7,
+            "lora_dropout": 0.1,
+            "target_modules": ["word_embeddings", "position_embeddings", "value"],
+            "rank_pattern": {"word_embeddings": 5},
+        },
+        {
+            "rank": 3,
+            "alpha": 7.0,
+            "targets": ("embeddings.word", "position", "value"),
+            "alpha_pattern": ("word=4",),
+        },
+    )
+}

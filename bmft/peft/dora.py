@@ -1,0 +1,137 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): LoRA with the length of each column of W apart.
+
+    y = base(x) + (m / n - 1) x W + (m / n) update(x)        n = |W + A scale B|, over the input
+
+of dense layers: m [out] moves, and n is what it is, but no gradient goes through it. The base's
+bias is not scaled. update, A, B and the scale are LoRA's (bmft/peft/lora.py), and m starts as |W|:
+the adapted model starts as the base. With dropout, x W and the update read the same dropped x, as
+in PEFT, at the price of one more product; base(x) reads x.
+
+n is found without W + A scale B, from products of A (A' is A scale) with W and with itself:
+
+    n_o^2 = |W_o|^2 + 2 B_o . (A'^T W)_o + B_o . (A'^T A') B_o
+
+    peft/<module>/lora_a [l, in, r]       peft/<module>/lora_b [l, r, out]
+    peft/<module>/lora_magnitude [l, out]
+    peft_const/<module>/lora_scale [l, r]
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bmft import peft
+from bmft.peft import low_rank, low_rank_files
+from bmft.peft.files import Files, Layout
+
+
+def make(
+    model,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: tuple[str, ...] = ("query", "value"),
+    rslora: bool = False,
+    rank_pattern: tuple[str, ...] = (),
+    alpha_pattern: tuple[str, ...] = (),
+    layers_to_transform: tuple[int, ...] | None = None,
+    bias: str = "none",
+    modules_to_save: tuple[str, ...] = (),
+):
+    """The arguments are LoRA's."""
+    plan = low_rank.plan(
+        model,
+        "dora",
+        ("dense",),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=targets,
+        rslora=rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        layers_to_transform=layers_to_transform,
+        bias=bias,
+        modules_to_save=modules_to_save,
+    )
+
+    def hook(module, call, *args):
+        out = call(*args)
+        if peft.path_of(module) not in plan.sites:
+            return out
+        a, b, scale = low_rank.factors(module, plan, args[0], out)
+        kernel = module.get_variable("params", "kernel")
+        norm = jax.lax.stop_gradient(_norm(kernel, a, b, scale))
+        m = peft.leaf(module, "lora_magnitude", lambda *_: norm, norm.shape)
+        x = low_rank.read(module, args[0], plan.dropout)
+        if plan.dropout and module.has_rng("peft"):
+            straight = x.astype(module.dtype) @ kernel.astype(module.dtype)
+        else:
+            bias = module.get_variable("params", "bias") if module.use_bias else 0
+            straight = out - bias
+        # Where a layer is no target, its scale is zero, and m says nothing.
+        factor = jnp.where(scale[0] > 0, m / norm, 1)
+        update = low_rank.update(module, x, a, b, scale)
+        more = (factor - 1) * straight.astype(jnp.float32) + factor * update
+        return out + more.astype(out.dtype)
+
+    encode, decode = low_rank_files.codec(plan)
+
+    def encode_all(path, layer, leaves):
+        magnitude = {"lora_magnitude_vector": leaves["lora_magnitude"]}
+        return encode(path, layer, leaves) | magnitude
+
+    def decode_all(path, layer, tensors):
+        magnitude = {"lora_magnitude": tensors["lora_magnitude_vector"]}
+        return decode(path, layer, tensors) | magnitude
+
+    return peft.Method(
+        "dora",
+        lambda path: plan.moves(path, "lora_magnitude"),
+        hook,
+        constants=plan.constants(),
+        rows=plan.rows,
+        undecayed=("lora_magnitude",),  # decay would shrink W itself
+        merge=lambda params, added: low_rank.merge(plan, params, added, _changed),
+        identity=1e-5,  # n is summed anew in each program, and m / n is 1 to rounding
+        files=Files(
+            plan.settings | {"use_dora": True},
+            plan.sites,
+            plan.modules_to_save,
+            encode_all,
+            decode_all,
+            kinds=("dense",),
+        ),
+    )
+
+
+def _norm(kernel, a, b, scale):
+    """|W + A scale B| [out] of W [in, out], without that sum."""
+    kernel, a = kernel.astype(jnp.float32), a * scale
+    square = (kernel * kernel).sum(0)
+    square += (b * (2 * a.T @ kernel + (a.T @ a) @ b)).sum(0)
+    return jnp.sqrt(_above_zero(square))
+
+
+def _above_zero(square):
+    """A column of zeros would divide by zero."""
+    return jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
+
+
+def _changed(path, weight, leaves):
+    """(m / n) (W + A scale B), of layers that are targets."""
+    scale = leaves["lora_scale"]
+    sum_io = weight + low_rank.change(leaves["lora_a"], leaves["lora_b"], scale)
+    norm = jnp.sqrt(_above_zero((sum_io * sum_io).sum(-2, keepdims=True)))
+    factor = leaves["lora_magnitude"][..., None, :] / norm
+    return jnp.where(scale[..., :1, None] > 0, factor * sum_io, weight)
+
+
+LAYOUT = Layout(
+    peft_type="LORA",
+    fields=low_rank_files.FIELDS | {"use_dora": ((bool,), False)},
+    ignored=low_rank_files.IGNORED,
+    defaults=low_rank_files.DEFAULTS,
+    arguments=low_rank_files.arguments,
+    takes=lambda fields: fields.get("use_dora") is True,
+)

@@ -1,0 +1,101 @@
+"""How the factors of bmft.peft.low_rank stand in PEFT's files, peft_type LORA.
+
+    <module>.lora_A.weight [r, in]           <module>.lora_B.weight [out, r]
+    <module>.lora_A.weight [r, in, kh, kw]   <module>.lora_B.weight [out, r / groups, 1, 1]
+    <module>.lora_embedding_A [r, v]         <module>.lora_embedding_B [d, r]
+
+The scale is in no tensor: PEFT computes it from r, lora_alpha, use_rslora and the patterns.
+"""
+
+import numpy as np
+
+from bmft import names
+from bmft.errors import Mistake
+from bmft.peft import low_rank, matching
+
+# Fields of PEFT's configuration: {field: (types, PEFT's default)}.
+FIELDS = {
+    "r": ((int,), 8),
+    "lora_alpha": ((int, float), 8),
+    "lora_dropout": ((int, float), 0.0),
+    "use_rslora": ((bool,), False),
+    "bias": ((str,), "none"),
+    "rank_pattern": ((dict,), {}),
+    "alpha_pattern": ((dict,), {}),
+    "init_lora_weights": ((bool, str), True),
+}
+# fan_in_fan_out speaks of GPT-2's layers; how the start was found is of no matter afterwards.
+IGNORED = ("fan_in_fan_out", "eva_config")
+DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+# Starts that leave the base's weights as they are; the others rewrite them.
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def codec(plan):
+    """`encode` and `decode` of bmft.peft.files.Files."""
+    table, sites, ranks, settings = plan.table, plan.sites, plan.ranks, plan.settings
+    layouts = dict.fromkeys(plan.on("conv"), "conv")
+    keys = dict.fromkeys(sites, ("lora_A.weight", "lora_B.weight"))
+    keys |= dict.fromkeys(plan.on("embed"), ("lora_embedding_A", "lora_embedding_B"))
+    theirs = {
+        key: matching.pattern_values(table, sites, settings[f"{key}_pattern"], default, key)
+        for key, default in (("rank", settings["r"]), ("alpha", settings["lora_alpha"]))
+    }
+
+    def encode(path, layer, leaves):
+        at = matching.at(layer)
+        r, scale = int(ranks[path][at]), leaves["lora_scale"]
+        peft_scale = theirs["alpha"][path][at] / low_rank.root(
+            theirs["rank"][path][at], settings["use_rslora"]
+        )
+        assert theirs["rank"][path][at] == r, (path, layer)
+        assert np.allclose(scale[:r], peft_scale) and not scale[r:].any(), (path, layer)
+        layout, share = layouts.get(path, "transpose"), r / ranks[path].max()
+        a, b = leaves["lora_a"][..., :r], leaves["lora_b"]
+        b = b[..., : round(b.shape[-2] * share), :]
+        tensors = (names.to_file(layout, factor) for factor in (a, b))
+        return dict(zip(keys[path], tensors, strict=True))
+
+    def decode(path, layer, tensors):
+        layout = layouts.get(path, "transpose")
+        a, b = (names.from_file(layout, tensors[key]) for key in keys[path])
+        # To the largest rank over the layers of the stack.
+        missing = int(ranks[path].max()) - a.shape[-1]
+        before = ((0, 0),) * (a.ndim - 2)
+        return {
+            "lora_a": np.pad(a, (*before, (0, 0), (0, missing))),
+            "lora_b": np.pad(b, (*before, (0, missing), (0, 0))),
+        }
+
+    return encode, decode
+
+
+def arguments(fields, table):
+    """Arguments of a make from PEFT's configuration: with whole names, whatever it matched by."""
+    if fields["init_lora_weights"] not in STARTS:
+        how = fields["init_lora_weights"]
+        raise Mistake(f"init_lora_weights is {how!r}, which changes the base; peft can convert it")
+    sites = matching.targets(table, fields, low_rank.KINDS)
+
+    def by_name(field, default):
+        values = matching.pattern_values(table, sites, fields[field], default, field)
+        others = {path: mask & (values[path] != default) for path, mask in sites.items()}
+        found = [v for path, mask in others.items() for v in values[path][mask]]
+        called = matching.exact_names(table, others)
+        return tuple(f"{name}={value}" for name, value in zip(called, found, strict=True))
+
+    heads = matching.head_modules(table)
+    saved = matching.saved(table, fields["modules_to_save"])
+    return {
+        "rank": fields["r"],
+        "alpha": float(fields["lora_alpha"]),
+        "dropout": float(fields["lora_dropout"]),
+        "rslora": fields["use_rslora"],
+        "bias": fields["bias"],
+        "targets": matching.exact_names(table, sites),
+        "rank_pattern": by_name("rank_pattern", fields["r"]),
+        "alpha_pattern": by_name("alpha_pattern", fields["lora_alpha"]),
+        "modules_to_save": matching.exact_names(
+            table, {path: mask for path, mask in saved.items() if path not in heads}
+        ),
+    }
