@@ -80,7 +80,7 @@ class Files(NamedTuple):
     parts: dict | None = None  # {field: those of `sites` that it means}, beside target_modules
     by_layer: bool = True  # has its configuration a layers_to_transform?
     copies: str | None = None  # what PEFT calls the whole copy that it trains of a site, if it does
-    elsewhere: float = 0.0  # what its leaves are in layers that it is not on
+    elsewhere: float | dict = 0.0  # of its leaves, or {name: of each}, in layers that it is not on
     # {collection/path: leaf} of the leaves that are at no site -> {whole key: tensor}, and back
     # from all tensors of a file
     encode_others: Callable | None = None

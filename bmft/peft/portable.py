@@ -235,11 +235,19 @@ def _encode_added(method, names, variables):
     return tensors
 
 
+def at_rest(own, path):
+    """What the leaf at a path is in layers that the method (its Files `own`) is not on."""
+    rest = own.elsewhere
+    return rest.get(path.rpartition("/")[2], 0.0) if isinstance(rest, dict) else rest
+
+
 def _decode_added(method, names, added, tensors):
     """{collection/path: leaf} of those in `added` {collection/path: shape} that move."""
-    own, rest = method.files, method.files.elsewhere
+    own = method.files
     moving = {path: leaf for path, leaf in added.items() if path.startswith("peft/")}
-    leaves = {path: np.full(leaf.shape, rest, np.float32) for path, leaf in moving.items()}
+    leaves = {
+        path: np.full(leaf.shape, at_rest(own, path), np.float32) for path, leaf in moving.items()
+    }
     leaves |= own.decode_others(tensors) if own.decode_others else {}
     for path in _by_module(moving, own.sites)[0]:
         for layer in matching.layers(own.sites[path]):
