@@ -1,6 +1,6 @@
 """BOFT (Liu et al. 2023, arXiv:2311.06243) on dense layers: OFT by a product of butterfly factors.
 
-    y = s * (base(x B) - bias) + bias       B = B_(m-1) … B_1 B_0,  B_i = P_i diag(R_i1 … R_in) P_i^T
+    y = s * (base(x B) - bias) + bias    B = B_(m-1) … B_1 B_0,  B_i = P_i diag(R_i1 … R_in) P_i^T
 
 R_ij is orthogonal, (I - Q)(I + Q)^-1 of the skew part Q of a leaf. P_i cuts blocks in halves and
 brings 2^i of them together, so that m factors mix 2^(m-1) blocks; here it is a transposition of
@@ -87,7 +87,16 @@ def make(
     about = {"kinds": KINDS, "elsewhere": {"boft_r": 0.0, "boft_s": 1.0}}
     files = Files(settings, sites, modules_to_save, _encode, _decode, **about)
     return peft.Method(
-        "boft", moves, hook, rows=rows, undecayed=("boft_s",), merge=_merge, files=files
+        "boft",
+        moves,
+        hook,
+        rows=rows,
+        undecayed=("boft_s",),  # it starts at 1
+        merge=_merge,
+        # What is read is the same to the bit, but after a transposition XLA may add up the base's
+        # product in another order.
+        identity=0.0 if factors == 1 else 2e-6,
+        files=files,
     )
 
 

@@ -57,14 +57,14 @@ def dialect(names, keys):
     return max(names.dialects(), key=known)
 
 
-def decode(method, model, tensors, modules_to_save, file):
+def decode(method, model, shapes, tensors, modules_to_save, file):
     """(leaves, rows) of bmft.peft.files.Adapter from the {key: tensor} of a file; the model's names
-    are in the file's dialect.
+    are in the file's dialect, shapes are those that `expected` gives.
 
     Raises Mistake, naming file and key, unless the keys and shapes are exactly the method's.
     """
     names, own, bias = model.names, method.files, method.files.settings.get("bias")
-    base, added = expected((method,), model)
+    base, added = shapes
     whole = matching.saved(names, modules_to_save) | matching.head_modules(names)
     slots = _slots(names, own, whole)
     wanted = dict.fromkeys(_counters(slots), ()) | {
