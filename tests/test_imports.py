@@ -22,7 +22,7 @@ ARROWS = {
     "bmft.layers": ((), ()),
     "bmft.names": (("bmft.tree",), ()),
     "bmft.models": (("bmft.layers", "bmft.tree", "bmft.names", "bmft.assets"), ()),
-    "bmft.peft": (("bmft.layers", "bmft.tree", "bmft.names"), ()),
+    "bmft.peft": (("bmft.layers", "bmft.tree", "bmft.names", "bmft.check"), ()),
     "bmft.tasks": (("bmft",), ("bmft.models", "bmft.peft")),
     "bmft.train": (("bmft",), PARTS),
     "bmft.evaluate": (("bmft",), PARTS),

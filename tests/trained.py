@@ -31,7 +31,7 @@ class Trained:
     def start(self, path):
         """What a leaf of a method is where it changes nothing."""
         own = (m.files for m in self.methods if m.files and m.moves(path))
-        return next((files.elsewhere for files in own), 0.0)
+        return next((portable.at_rest(files, path) for files in own), 0.0)
 
     def mask(self, path, leaf):
         """Which numbers of a leaf move: layers that stay, ranks that are not there."""

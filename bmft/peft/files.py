@@ -80,7 +80,7 @@ class Files(NamedTuple):
     parts: dict | None = None  # {field: those of `sites` that it means}, beside target_modules
     by_layer: bool = True  # has its configuration a layers_to_transform?
     copies: str | None = None  # what PEFT calls the whole copy that it trains of a site, if it does
-    elsewhere: float = 0.0  # what its leaves are in layers that it is not on
+    elsewhere: float | dict = 0.0  # of its leaves, or {name: of each}, in layers that it is not on
     # {collection/path: leaf} of the leaves that are at no site -> {whole key: tensor}, and back
     # from all tensors of a file
     encode_others: Callable | None = None
@@ -113,7 +113,7 @@ class Adapter(NamedTuple):
     rows: dict  # {"params/...": bool [l]}: leaves of which only these layers are meant
     labels: tuple | None
     file: Path  # of the tensors
-    repeated: dict = {}  # {"params/...": leaf}: base leaves that are in it and did not move
+    repeated: dict  # {"params/...": leaf}: base leaves that are in it and did not move
 
 
 class Card(NamedTuple):
@@ -177,8 +177,8 @@ def card(folder):
         peft_type=fields["peft_type"],
         base=fields.get("base_model_name_or_path"),
         fingerprint=about.get(BASE_KEY),
-        labels=_labels(about),
-        outputs=shapes[heads[-1]][0] if heads else None,
+        labels=_labels(about, Path(folder) / TENSORS),
+        outputs=shapes[heads[-1]][0] if heads and shapes[heads[-1]] else None,
     )
 
 
@@ -208,11 +208,10 @@ def read(folder, model, *, fingerprint=None):
         read = own.decode(others, tensors, model, folder / CONFIG, folder / TENSORS)
     else:
         read = _decode(folder, fields, tensors, model)
-    methods, groups, leaves, rows, *repeated = read
+    methods, groups, leaves, rows, repeated = read
     names = tuple(method.name for method in methods)
-    return Adapter(
-        methods, names, groups, leaves, rows, _labels(about), folder / TENSORS, *repeated
-    )
+    labels = _labels(about, folder / TENSORS)
+    return Adapter(methods, names, groups, leaves, rows, labels, folder / TENSORS, repeated)
 
 
 def insert(adapter, base, fresh=()):
@@ -257,12 +256,15 @@ def _decode(folder, fields, tensors, model):
     name, spoken = types[fields["peft_type"]], portable.dialect(model.names, tensors)
     try:
         settings = _settings(fields, layouts[name])
+        matching.check_saved(spoken, settings["modules_to_save"])
         groups = {name: layouts[name].arguments(settings, spoken)}
         methods = peft.build(model, (name,), groups)
+        shapes = portable.expected(methods, model)
     except Mistake as mistake:
         raise Mistake(f"{file}: {mistake}") from None
     saved, model = settings["modules_to_save"], model._replace(names=spoken)
-    return methods, groups, *portable.decode(methods[0], model, tensors, saved, folder / TENSORS)
+    leaves = portable.decode(methods[0], model, shapes, tensors, saved, folder / TENSORS)
+    return methods, groups, *leaves
 
 
 def _layout(name):
@@ -304,8 +306,8 @@ def _read_config(folder):
     if not file.is_file():
         raise Mistake(f"{str(folder)!r} is no adapter directory: it has no {CONFIG}")
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        fields = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise Mistake(f"{file}: not JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise Mistake(f"{file}: no peft_type: not an adapter of PEFT's (AdapterHub's are others)")
@@ -315,8 +317,21 @@ def _read_config(folder):
     return fields
 
 
-def _labels(about):
-    return tuple(json.loads(about[LABELS_KEY])) if LABELS_KEY in about else None
+def _no_number(constant):
+    raise ValueError(f"{constant} is no number")
+
+
+def _labels(about, file):
+    """The label names in a file's metadata; None if there are none."""
+    if LABELS_KEY not in about:
+        return None
+    try:
+        labels = json.loads(about[LABELS_KEY])
+    except (ValueError, RecursionError):
+        labels = None
+    if not _is(labels, list[str]):
+        raise Mistake(f"{file}: {LABELS_KEY} in the metadata is no list of texts")
+    return tuple(labels)
 
 
 def _headers(file):
@@ -327,13 +342,32 @@ def _headers(file):
 
 
 def _read_tensors(file):
-    """{key: float32 array}"""
-    with _opened(file) as tensors:
-        return {key: tensors.get_tensor(key).astype(np.float32) for key in tensors.keys()}  # noqa: SIM118
+    """{key: float32 array}; Mistake for numbers that no weights are."""
+    with _opened(file) as opened:
+        tensors = {key: _tensor(opened, key, file) for key in opened.keys()}  # noqa: SIM118
+    for key, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise Mistake(f"{file}: tensor {key!r} has numbers that are not finite")
+    return tensors
+
+
+def _tensor(opened, key, file):
+    try:
+        tensor = opened.get_tensor(key)
+        is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
+    except (SafetensorError, TypeError, AttributeError) as error:  # of types that NumPy lacks
+        raise Mistake(f"{file}: tensor {key!r} cannot be read: {_one_line(error)}") from None
+    if not is_float and not key.endswith(f".{portable.COUNTER}"):
+        raise Mistake(f"{file}: tensor {key!r} is of {tensor.dtype}, and no floating point numbers")
+    return tensor.astype(np.float32)
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
 
 
 def _opened(file) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise Mistake(f"{file}: {error}") from None
+        raise Mistake(f"{file}: {_one_line(error)}") from None

@@ -9,7 +9,7 @@ import inspect
 
 import numpy as np
 
-from bmft import peft, tree
+from bmft import check, peft, tree
 from bmft.errors import Mistake, nearest
 from bmft.peft import portable
 
@@ -36,7 +36,7 @@ def encode(methods, groups, model, moving, frozen):
 
 
 def decode(fields, tensors, model, file, tensors_file):
-    """(methods, groups, leaves, rows) of bmft.peft.files.Adapter.
+    """(methods, groups, leaves, rows, repeated) of bmft.peft.files.Adapter.
 
     fields: of adapter_config.json `file`, but those that PEFT's have, too; tensors: of
     tensors_file. Raises Mistake for a field or tensor that is missing, unknown, or does not fit.
@@ -47,6 +47,9 @@ def decode(fields, tensors, model, file, tensors_file):
             raise Mistake(f"{file}: unknown field {field!r}; {nearest(field, known)}")
         if not isinstance(fields.get(field), known[field]):
             raise Mistake(f"{file}: field {field!r} must be a {known[field].__name__}")
+    for field in ("methods", "fresh"):
+        if not all(isinstance(entry, str) for entry in fields[field]):
+            raise Mistake(f"{file}: field {field!r} must be a list of texts")
     names, groups = tuple(fields["methods"]), fields["groups"]
     try:
         for name in names:
@@ -55,11 +58,9 @@ def decode(fields, tensors, model, file, tensors_file):
         methods = peft.build(model, names, groups) if names else ()
         if not names or fields["peft_type"] != _type(methods):
             raise Mistake(f"peft_type {fields['peft_type']!r} is not that of methods {names}")
-    except (TypeError, ValueError, AttributeError) as error:  # values of a wrong type
-        raise Mistake(f"{file}: field 'groups': {error}") from None
+        base, added = portable.expected(methods, model)
     except Mistake as mistake:
         raise Mistake(f"{file}: {mistake}") from None
-    base, added = portable.expected(methods, model)
     running = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
     statistics = {f"batch_stats/{path}": base.pop(path).shape for path in running}
     shapes = {f"params/{path}": leaf.shape for path, leaf in base.items()}
@@ -76,16 +77,27 @@ def decode(fields, tensors, model, file, tensors_file):
     for path, leaf in constants.items():
         if not np.allclose(tensors.pop(path), leaf, rtol=1e-6):
             raise Mistake(f"{tensors_file}: {path} is not what {file.name} makes of it")
-    return methods, groups, tensors, {}
+    return methods, groups, tensors, {}, {}
 
 
 def _from_json(name, group):
-    """A method's group with tuples for lists; Mistake for a key its make does not take."""
-    wanted = list(inspect.signature(peft.get(name)).parameters)[1:]
-    for key in group:
+    """A method's group as its make takes it; Mistake for another key or a value of a wrong type."""
+    wanted = inspect.signature(peft.get(name)).parameters
+    wanted = {key: wanted[key].annotation for key in list(wanted)[1:]}
+    if not isinstance(group, dict):
+        raise Mistake(f"field 'groups': {name!r} must be a dict")
+    values = {}
+    for key, value in group.items():
         if key not in wanted:
             raise Mistake(f"peft.{name} has no {key!r}; {nearest(key, wanted)}")
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
+        try:
+            values[key] = check.convert(value, wanted[key], is_text=False)
+        except (ValueError, OverflowError):
+            needs = check.describe(wanted[key])
+            raise Mistake(
+                f"field 'groups': peft.{name}.{key} is {value!r}; needs {needs}"
+            ) from None
+    return values
 
 
 def _type(methods):

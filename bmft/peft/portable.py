@@ -57,14 +57,14 @@ def dialect(names, keys):
     return max(names.dialects(), key=known)
 
 
-def decode(method, model, tensors, modules_to_save, file):
+def decode(method, model, shapes, tensors, modules_to_save, file):
     """(leaves, rows, repeated) of bmft.peft.files.Adapter from the {key: tensor} of a file; the
-    model's names are in the file's dialect.
+    model's names are in the file's dialect, shapes are those that `expected` gives.
 
     Raises Mistake, naming file and key, unless the keys and shapes are exactly the method's.
     """
     names, own, bias = model.names, method.files, method.files.settings.get("bias")
-    base, added = expected((method,), model)
+    base, added = shapes
     whole = matching.saved(names, modules_to_save) | matching.head_modules(names)
     slots = _slots(names, own, whole)
     wanted = dict.fromkeys(_counters(slots), ()) | {
@@ -248,11 +248,19 @@ def _encode_added(method, names, added):
     return tensors
 
 
+def at_rest(own, path):
+    """What the leaf at a path is in layers that the method (its Files `own`) is not on."""
+    rest = own.elsewhere
+    return rest.get(path.rpartition("/")[2], 0.0) if isinstance(rest, dict) else rest
+
+
 def _decode_added(method, names, added, tensors):
     """{collection/path: leaf} of those in `added` {collection/path: shape} that move."""
-    own, rest = method.files, method.files.elsewhere
+    own = method.files
     moving = {path: leaf for path, leaf in added.items() if path.startswith("peft/")}
-    leaves = {path: np.full(leaf.shape, rest, np.float32) for path, leaf in moving.items()}
+    leaves = {
+        path: np.full(leaf.shape, at_rest(own, path), np.float32) for path, leaf in moving.items()
+    }
     leaves |= own.decode_others(tensors) if own.decode_others else {}
     for path in _by_module(moving, own.sites)[0]:
         for layer in matching.layers(own.sites[path]):

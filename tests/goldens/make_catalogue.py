@@ -15,6 +15,7 @@ import torch
 FOLDER = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
 
+import butterfly  # noqa: E402
 import cases  # noqa: E402
 import examples  # noqa: E402
 import make_goldens  # noqa: E402
@@ -54,6 +55,7 @@ def make(name, family, case):
 
 
 def main(wanted):
+    butterfly.install()
     file, catalogue = FOLDER / "catalogue.npz", cases.catalogue()
     logits = dict(np.load(file)) if wanted and file.exists() else {}
     for name, (_, case) in catalogue.items():

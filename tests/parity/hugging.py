@@ -2,10 +2,12 @@
 
 import copy
 
+import butterfly
 import numpy as np
 import torch
 import transformers
 
+butterfly.install()
 SIZES = {"vocab_size": 53, "max_position_embeddings": 22, "num_labels": 5}
 BERT = {
     "hidden_size": 24,
