@@ -86,11 +86,8 @@ def make(
     _check(chosen)
     if chosen.init == "mam_adapter":
         chosen = chosen._replace(identity=0.0)
-    known = model.names.modules("norm", "dense")
-    for path in chosen.modules:
-        if not any(name == path or name.startswith(path + "/") for name in known):
-            raise Mistake(f"peft.adapter: {model.name} has no {path} for a {kind} adapter")
-    wrap = {"houlsby": _houlsby, "pfeiffer": _pfeiffer, "parallel": _parallel}[kind]
+    check_places(model, chosen.modules, "adapter", f"a {kind} adapter")
+    wrap = {"houlsby": houlsby, "pfeiffer": _pfeiffer, "parallel": _parallel}[kind]
 
     def hook(module, call, *args):
         if peft.path_of(module) not in chosen.modules:
@@ -100,14 +97,27 @@ def make(
     def moves(path):
         if path.startswith("peft/") and "/adapter_" in path:
             return "adapter"
-        norm = path.startswith("params/") and path.rpartition("/")[0].endswith("norm")
-        return "adapter" if chosen.norms and norm else None
+        return "adapter" if chosen.norms and is_norm(path) else None
 
     undecayed = ("adapter_down_bias", "adapter_up_bias")
     return peft.Method("adapter", moves, hook, undecayed=undecayed, identity=chosen.identity)
 
 
-def _houlsby(adapter, call, h, stream):
+def is_norm(path):
+    """Is the leaf at a path one of the base's layer norms?"""
+    return path.startswith("params/") and path.rpartition("/")[0].endswith("norm")
+
+
+def check_places(model, modules, method, what):
+    """Refuses a model without one of the module paths `modules`, which `what` wraps."""
+    known = model.names.modules("norm", "dense")
+    for path in modules:
+        if not any(name == path or name.startswith(path + "/") for name in known):
+            raise Mistake(f"peft.{method}: {model.name} has no {path} for {what}")
+
+
+def houlsby(adapter, call, h, stream):
+    """The call of a `Residual` or `PreNorm` with h + adapter(h) for h."""
     return call(h + adapter(h), stream)
 
 
