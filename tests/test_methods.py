@@ -99,7 +99,7 @@ def test_merge_equals_unmerged(fitted, trained):
     state, frozen, _, _ = trained
     variables = tree.join(state.moving, frozen)
     want = fitted.apply(variables, tiny.batch())
-    added = {name: variables[name] for name in ("peft", "peft_const") if name in variables}
+    added = {name: variables[name] for name in peft.ADDED if name in variables}
     try:
         params = peft.merge(fitted.methods, variables["params"], added)
     except Mistake:

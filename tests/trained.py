@@ -1,5 +1,7 @@
 """The end of a run without the run: methods, and leaves that are no longer as they started."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bmft import peft, tree
@@ -25,8 +27,20 @@ class Trained:
         for path in self.claims:
             moved = flat[path] + rng.normal(0, size, flat[path].shape).astype(np.float32)
             flat[path] = np.where(self.mask(path, moved), moved, flat[path])
-        self.variables = tree.unflatten(flat) | peft.constants(self.methods)
+        flat |= tree.flatten(peft.constants(self.methods))
+        still = [path for path in added if path not in self.claims]
+        if any(path not in flat or path.startswith("peft_shared/") for path in still):
+            made = self.made(params)
+            flat |= {path: made[path] for path in still}
+        self.variables = tree.unflatten(flat)
         self.moving, self.frozen = tree.split(self.variables, lambda path: path in self.claims)
+
+    def made(self, params):
+        """{collection/path: leaf} of what the methods add to a base."""
+        shapes = jax.eval_shape(self.model.module.init, jax.random.key(0), self.model.dummy)
+        base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        add = jax.jit(peft.attach(self.methods, self.model).add)
+        return tree.flatten(add(jax.random.key(1), base | {"params": params}))
 
     def start(self, path):
         """What a leaf of a method is where it changes nothing."""
@@ -34,10 +48,14 @@ class Trained:
         return next((portable.at_rest(files, path) for files in own), 0.0)
 
     def mask(self, path, leaf):
-        """Which numbers of a leaf move: layers that stay, ranks that are not there."""
+        """Which numbers of a leaf move: layers that stay, ranks and numbers that are not there."""
         rows = peft.moving_rows(self.methods, path)
-        scale = path.replace("peft/", "peft_const/").rpartition("/")[0] + "/lora_scale"
-        scale = tree.flatten(peft.constants(self.methods)).get(scale)
+        module = path.replace("peft/", "peft_const/", 1).rpartition("/")[0]
+        constants = tree.flatten(peft.constants(self.methods))
+        scales = [leaf for where, leaf in constants.items() if where.startswith(f"{module}/")]
+        if any(leaf.shape == scale.shape for scale in scales):
+            return np.asarray(next(scale for scale in scales if leaf.shape == scale.shape)) > 0
+        scale = constants.get(f"{module}/lora_scale")
         if path.endswith("lora_a"):
             return np.broadcast_to(np.asarray(scale)[..., None, :] > 0, leaf.shape)
         if path.endswith("lora_b"):

@@ -6,7 +6,7 @@ and what a method adds lives in collections of its own:
 
     peft/layers/attention/query/lora_a [l, in, r]    moves, float32
     peft_const/layers/attention/query/lora_scale     saved, never moves
-    peft_shared/vera/a [r, in]                       one for all layers; moves if the method says so
+    peft_shared/vera/a [in, r]                       one for all layers; moves if the method says so
 """
 
 import importlib

@@ -87,6 +87,9 @@ class Files(NamedTuple):
     decode_others: Callable | None = None
     prefix: str = portable.PREFIX  # of the keys of modules trained whole
     expressible: Callable | None = None  # model -> can PEFT compute it? None: always
+    # Has its configuration a modules_to_save? If not, PEFT's own files hold no head; what stands in
+    # one is read, by PEFT and by us.
+    saves: bool = True
     own: str | None = None  # BMFT_<own> is its peft_type where PEFT cannot; None: its name
 
 

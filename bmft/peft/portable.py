@@ -28,7 +28,7 @@ def encode(method, model, moving, frozen, implied):
     own, names = method.files, model.names
     moved, still = _base(moving), _base(frozen)
     whole = _moved_whole(method, names, moved)
-    saved = matching.spell_saved(names, whole, own.modules_to_save, implied)
+    saved = matching.spell_saved(names, whole, own.modules_to_save, implied) if own.saves else []
     if saved is None or (own.expressible and not own.expressible(model)):
         return None
     slots = _slots(names, own, whole)
@@ -43,7 +43,7 @@ def encode(method, model, moving, frozen, implied):
         where = matching.spell_targets(
             names, own.sites, (*saved, *implied), own.kinds, own.parts, own.by_layer
         )
-    return own.settings | where | {"modules_to_save": saved}, tensors
+    return own.settings | where | ({"modules_to_save": saved} if own.saves else {}), tensors
 
 
 def dialect(names, keys):
@@ -66,6 +66,7 @@ def decode(method, model, shapes, tensors, modules_to_save, file):
     names, own, bias = model.names, method.files, method.files.settings.get("bias")
     base, added = shapes
     whole = matching.saved(names, modules_to_save) | matching.head_modules(names)
+    whole = whole if own.saves else _standing(names, own, tensors)
     slots = _slots(names, own, whole)
     wanted = dict.fromkeys(_counters(slots), ()) | {
         key: _shape(leaf, layer, base[leaf.path].shape) for key, (leaf, layer) in slots.items()
@@ -149,6 +150,16 @@ def _slots(names, own, whole):
                 name += f".{own.copies or 'base_layer'}" if on_site else ""
                 slots[f"{own.prefix}{name}.{end}"] = leaf, layer
     return slots
+
+
+def _standing(names, own, tensors):
+    """The modules, and their layers, of which a leaf stands in a file."""
+    every = {path: matching.everywhere(names, path) for path in names.modules(*matching.KINDS)}
+    found = {path: np.zeros_like(mask) for path, mask in every.items()}
+    for key, (leaf, layer) in _slots(names, own, every).items():
+        if key in tensors:
+            found[leaf.path.rpartition("/")[0]][matching.at(layer)] = True
+    return found
 
 
 def _counters(slots):
