@@ -109,7 +109,9 @@ class Pair:
         self.task = prepare.find_task(self.config, self.tables)
         self.model = prepare.find_model(self.config, self.task.num_outputs)
         self.methods = prepare.find_methods(self.config, self.model)
-        self.batches = prepare.batches(self.config, self.model, self.task, self.tables, self.mesh)
+        self.batches = prepare.batches(
+            self.config, self.model, self.methods, self.task, self.tables, self.mesh
+        )
         self.fit = prepare.fit(self.config, self.model, self.methods, self.mesh, steps)
         self.tokenizer = models.tokenizer(self.model)
         adapter = Path(self.folder.name) / "adapter"

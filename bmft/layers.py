@@ -10,9 +10,10 @@ norms and softmax in float32.
 
 Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; `MLP` (its input
 and output, for parallel adapters), `Residual` and `PreNorm` (a block part's output before it meets
-the residual stream, for Houlsby and Pfeiffer adapters) and `FeatureBlock` (a unit of a
-convolutional net, from one feature map to the next, for convolutional adapters) by type. Everything
-is called with positional arguments, since hooks see no others.
+the residual stream, for Houlsby and Pfeiffer adapters), `KeysValues` (what an attention reads, for
+prefix tuning) and `FeatureBlock` (a unit of a convolutional net, from one feature map to the next,
+for convolutional adapters) by type. Everything is called with positional arguments, since hooks see
+no others.
 """
 
 import math
@@ -181,6 +182,18 @@ class PreNorm(nn.Module):
         return output + stream
 
 
+class KeysValues(nn.Module):
+    """The keys and values [b, s, h, k] that an attention reads under its mask, as they are.
+
+    A method that wraps the call may put columns of its own before them, and widen the mask, if
+    there is one.
+    """
+
+    @nn.compact
+    def __call__(self, keys, values, mask):
+        return keys, values, mask
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over x [b, t, d] under mask [b, 1, t, s], projected back to d.
 
@@ -202,6 +215,7 @@ class Attention(nn.Module):
             return y.reshape(*y.shape[:-1], self.heads, d // self.heads)
 
         q_bthk, k_bshk, v_bshk = heads_of("query"), heads_of("key"), heads_of("value")
+        k_bshk, v_bshk, mask = KeysValues(name="keys_values")(k_bshk, v_bshk, mask)
         scores = jnp.einsum("bthk,bshk->bhts", q_bthk / math.sqrt(d // self.heads), k_bshk)
         scores = scores.astype(jnp.float32)
         if mask is not None:

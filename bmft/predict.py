@@ -43,6 +43,7 @@ class Predictor:
         self.task, self.settings = task, settings  # settings: text, text_pair, max_length
         self._variables = variables
         self._tokenizer = models.tokenizer(model)
+        self._virtual = peft.virtual_ids(methods, model)
         apply = peft.attach(methods, model).apply
         self._outputs_of = evaluate.make_outputs(apply, task.outputs)
 
@@ -55,6 +56,7 @@ class Predictor:
             return []
         table = self._table(list(examples))
         encoded = text.encode(table, self._tokenizer, self.settings["max_length"])
+        encoded = encoded.behind(self._virtual)
         batches = Batches(
             encoded,
             batch_size=BATCH,
@@ -152,7 +154,7 @@ def _predictor(model, labels, methods, variables, settings, folder):
     """folder: where the tokenizer's or the preprocessor's files lie."""
     if not prepare_images.takes_images(model):
         task = tasks.get("text_classification").make({}, labels=labels, regression=labels is None)
-        limit = model.config.max_length
+        limit = peft.room(methods, model)
         settings = settings | {"max_length": min(settings["max_length"] or limit, limit)}
         return Predictor(model, task, methods, variables, settings)
     how = prepare_images.read_preprocessor(folder, model)

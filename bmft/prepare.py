@@ -117,17 +117,20 @@ def _beside(moving, frozen):
 # --- data ------------------------------------------------------------------------------------
 
 
-def batches(config, model, task, tables, mesh):
-    """{split: Batches}: shuffled and in parts for train, in order for the others."""
-    limit = model.config.max_length
+def batches(config, model, methods, task, tables, mesh):
+    """{split: Batches}: shuffled and in parts for train, in order for the others. Virtual tokens of
+    the methods come on top of data.max_length."""
+    limit, virtual = peft.room(methods, model), peft.virtual_ids(methods, model)
     if config.data.max_length > limit:
+        has, taken = model.config.max_length, [m.name for m in methods if m.positions]
+        but = f", of which {taken[0]} leaves {limit}" if taken else ""
         raise Mistake(
-            f"data.max_length={config.data.max_length}: {model.name} has {limit} positions"
+            f"data.max_length={config.data.max_length}: {model.name} has {has} positions{but}"
         )
     cache = text.cache_directory(config.data.cache)
     tokenizer = models.tokenizer(model)
     encoded = {
-        split: text.encode(table, tokenizer, config.data.max_length, cache)
+        split: text.encode(table, tokenizer, config.data.max_length, cache).behind(virtual)
         for split, table in tables.items()
     }
     rows = sharding.rows(mesh)

@@ -39,7 +39,7 @@ def main(argv):
         return
 
     # Text becomes packed rows; the base is loaded, and what the methods add is put beside it.
-    batches = prepare.batches(config, model, task, tables, mesh)
+    batches = prepare.batches(config, model, methods, task, tables, mesh)
     steps = total_steps(config, batches["train"].steps_per_epoch)
     fit = prepare.fit(config, model, methods, mesh, steps)
     log.show_leaves(fit.rows)

@@ -24,8 +24,10 @@ def padded(examples, pad=0):
     return batch
 
 
-def packed(examples, padding=3):
-    """Our batch with all examples in one row; its logits are [1, n, outputs]."""
+def packed(examples, padding=3, virtual=()):
+    """Our batch with all examples in one row; its logits are [1, n, outputs]. virtual: ids of the
+    virtual tokens before each example."""
+    examples = [([*virtual, *ids], [0] * len(virtual) + types) for ids, types in examples]
     lengths = [len(ids) for ids, _ in examples]
     end = [0] * padding
     arrays = {
@@ -38,13 +40,14 @@ def packed(examples, padding=3):
     return {name: np.asarray(array, np.int32) for name, array in arrays.items()}
 
 
-def both(examples):
+def both(examples, virtual=()):
     """Our batch with all examples in the first row, and then each in a row of its own."""
-    together = packed(examples)
+    together = packed(examples, virtual=virtual)
     slots, width = together["first"].shape[1], together["input_ids"].shape[1]
     batch = {name: [array[0]] for name, array in together.items()}
     for example in examples:
-        for name, array in packed([example], padding=width - len(example[0])).items():
+        padding = width - len(virtual) - len(example[0])
+        for name, array in packed([example], padding, virtual).items():
             batch[name].append(np.pad(array[0], (0, slots - 1 if name == "first" else 0)))
     return {name: np.stack(arrays) for name, arrays in batch.items()}
 

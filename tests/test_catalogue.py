@@ -33,7 +33,8 @@ def test_adapters_of_peft(loaded, name):
     model, base = loaded[family]
     adapter = files.read(FOLDER / "catalogue" / name, model)
     variables = files.insert(adapter, base)
-    batch = examples.both(examples.tokens(LENGTHS, VOCABULARY, model.config.types))
+    chosen = examples.tokens(LENGTHS, VOCABULARY, model.config.types)
+    batch = examples.both(chosen, peft.virtual_ids(adapter.methods, model))
     apply = jax.jit(peft.attach(adapter.methods, model).apply)
     for way in examples.of_both(np.asarray(apply(variables, batch))):
         np.testing.assert_allclose(way, LOGITS[name], atol=1e-5)

@@ -32,6 +32,8 @@ FAMILIES = [
 TOGETHER = [
     ("bert", ("lora", "adapter"), {"kind": "parallel"}),
     ("distilbert", ("lora", "bitfit"), {}),
+    ("roberta", ("lora", "prefix_tuning"), {"tokens": 3}),
+    ("distilbert", ("lora", "prompt_tuning"), {"tokens": 3}),
 ]
 CASES = ON_BERT + FAMILIES + TOGETHER
 
@@ -64,13 +66,13 @@ def trained(fitted):
     frozen = jax.tree.map(jnp.copy, fitted.frozen)
     losses = []
     for _ in range(3):
-        state, metrics = step(state, frozen, tiny.batch())
+        state, metrics = step(state, frozen, fitted.batch())
         losses.append(float(metrics["loss"]))
     return state, frozen, losses, metrics
 
 
 def test_identity_at_the_start_is_as_declared(fitted):
-    difference = evaluate.compare_with_base(fitted.apply, fitted.variables, tiny.batch())
+    difference = evaluate.compare_with_base(fitted.apply, fitted.variables, fitted.batch())
     assert difference <= max(method.identity for method in fitted.methods)
 
 
@@ -98,7 +100,7 @@ def test_head_moves_with_every_method(fitted):
 def test_merge_equals_unmerged(fitted, trained):
     state, frozen, _, _ = trained
     variables = tree.join(state.moving, frozen)
-    want = fitted.apply(variables, tiny.batch())
+    want = fitted.apply(variables, fitted.batch())
     added = {name: variables[name] for name in peft.ADDED if name in variables}
     try:
         params = peft.merge(fitted.methods, variables["params"], added)

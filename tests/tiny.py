@@ -70,23 +70,29 @@ def directory(folder, family="bert", seed=0, **changes):
     return folder
 
 
-def batch(rows=4, tokens=20, examples=3, seed=0, outputs=OUTPUTS):
-    """A packed batch: `examples` segments of different lengths a row, and some padding."""
+def batch(rows=4, tokens=20, examples=3, seed=0, outputs=OUTPUTS, virtual=()):
+    """A packed batch: `examples` segments of different lengths a row, and some padding. virtual:
+    ids of the virtual tokens that each begins with, in columns that are added for them."""
     rng = np.random.default_rng(seed)
-    segments, positions = np.zeros((2, rows, tokens), np.int32)
+    shape = rows, tokens + examples * len(virtual)
+    segments, positions, before = np.zeros((3, *shape), np.int32)
     first = np.zeros((rows, examples), np.int32)
     for row in range(rows):
         cuts = np.sort(rng.choice(np.arange(2, tokens), examples, replace=False))
         for slot, (start, end) in enumerate(zip([0, *cuts], cuts, strict=False)):
+            start, end = start + slot * len(virtual), end + (slot + 1) * len(virtual)
+            before[row, start : start + len(virtual)] = virtual
             segments[row, start:end] = slot + 1
             positions[row, start:end] = np.arange(end - start)
             first[row, slot] = start
     real = segments > 0
     weights = np.ones((rows, examples), np.float32)
     weights[-1, -1] = 0.0
+    words, types = rng.integers(3, 53, shape), rng.integers(0, 2, shape)
+    words, types = (np.where(real, array, 0).astype(np.int32) for array in (words, types))
     return {
-        "input_ids": np.where(real, rng.integers(3, 53, real.shape), 0).astype(np.int32),
-        "token_types": np.where(real, rng.integers(0, 2, real.shape), 0).astype(np.int32),
+        "input_ids": np.where(before > 0, before, words),
+        "token_types": np.where(before > 0, 0, types),
         "segments": segments,
         "positions": positions,
         "first": first,
@@ -120,6 +126,10 @@ class Fitted:
             self.methods, paths, heads=self.model.heads, fresh=self.loaded.fresh
         )
         self.moving, self.frozen = tree.split(self.variables, lambda path: path in self.claims)
+
+    def batch(self):
+        """A batch with the virtual tokens of the methods."""
+        return batch(virtual=peft.virtual_ids(self.methods, self.model))
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", *(f"w{i}" for i in range(47))]

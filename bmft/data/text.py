@@ -43,6 +43,16 @@ class Encoded(NamedTuple):
     def longest(self):
         return int(self.lengths.max())
 
+    def behind(self, ids):
+        """The same examples, each behind the tokens `ids`, of type 0."""
+        count = len(self.offsets) - 1
+        places = np.repeat(self.offsets[:-1], len(ids))
+        return self._replace(
+            tokens=np.insert(self.tokens, places, np.tile(np.array(ids, np.int32), count)),
+            types=np.insert(self.types, places, 0),
+            offsets=self.offsets + len(ids) * np.arange(count + 1),
+        )
+
 
 def encode(table, tokenizer, max_length, cache=None):
     """The `Encoded` of a table.

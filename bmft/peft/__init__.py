@@ -58,6 +58,10 @@ class Method(NamedTuple):
     # Largest difference between adapted and base logits before the first step, relative to the
     # largest base logit. 0: the same to the bit.
     identity: float = 0.0
+    # Tokens that it puts before each example (their ids: `virtual_ids`), and how many positions of
+    # the table they, or keys and values in their place, take of an example.
+    virtual_tokens: int = 0
+    positions: int = 0
     # How Hugging Face PEFT writes it (bmft.peft.files.Files); None: as BMFT_<METHOD>.
     files: Any = None
 
@@ -89,7 +93,26 @@ def build(model, methods, groups):
         wanted = inspect.signature(get(name)).parameters
         given = {key: value for key, value in groups.get(name, {}).items() if key in wanted}
         made.append(get(name)(model, **given))
+    before = [method.name for method in made if method.positions]
+    if len(before) > 1:
+        raise Mistake(
+            f"peft.methods: {' and '.join(before)} both take the first positions of each example; "
+            "give up one of the two methods"
+        )
     return tuple(made)
+
+
+def virtual_ids(methods, model):
+    """The ids of the virtual tokens that methods put before each example: a range that begins
+    behind the vocabulary. Whoever makes batches puts them there."""
+    count = sum(method.virtual_tokens for method in methods)
+    begin = model.config.vocabulary if count else 0
+    return range(begin, begin + count)
+
+
+def room(methods, model):
+    """Tokens of the longest example there is room for in the position table."""
+    return model.config.max_length - sum(method.positions for method in methods)
 
 
 # --- for hooks -------------------------------------------------------------------------------
@@ -152,8 +175,10 @@ def attach(methods, model):
     apply draws dropout from `key` when train is true; without train it is deterministic. The
     statistics of the batch that BatchNorm saw in training are appended to the list `seen`.
     """
-    hooks = [method.hook for method in methods if method.hook]
-    fixed = constants(methods)
+    # Outermost are those whose ids no other method may see.
+    ordered = sorted(methods, key=lambda method: not method.virtual_tokens)
+    hooks = [method.hook for method in ordered if method.hook]
+    fixed, virtual = constants(methods), virtual_ids(methods, model)
 
     def around(call, args, kwargs, context):
         if context.method_name != "__call__":  # scan and remat wrappers come through here too
@@ -183,6 +208,8 @@ def attach(methods, model):
     def apply(variables, batch, *, train=False, key=None, adapter=True, seen=None):
         streams = ("dropout", "peft") if train else ()
         rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(streams)}
+        if not adapter and virtual:
+            batch = _without(batch, virtual)
         if not (adapter and hooks):
             variables = {name: variables[name] for name in BASE if name in variables}
         if not train or seen is None:
@@ -197,6 +224,19 @@ def attach(methods, model):
 def added(moving, frozen):
     """Of two trees of variables together, what methods added: {collection: tree}, all of ADDED."""
     return {name: tree.join(moving.get(name, {}), frozen.get(name, {})) for name in ADDED}
+
+
+def _without(batch, virtual):
+    """A packed batch as the base alone reads it: columns of virtual tokens are padding."""
+    ids = batch["input_ids"]
+    real = ids < virtual.start
+    count = jnp.where(real.all(), 0, len(virtual))  # the dummy has none
+    return batch | {
+        "input_ids": jnp.where(real, ids, 0),
+        "segments": jnp.where(real, batch["segments"], 0),
+        "positions": jnp.where(real, jnp.maximum(batch["positions"] - count, 0), 0),
+        "first": batch["first"] + count,
+    }
 
 
 def constants(methods):
@@ -270,12 +310,13 @@ def moving_rows(methods, path):
 
 def first_moving_piece(methods, paths, names):
     """The first piece of a model (a stage, or a layer of the stack) in which one of the moving
-    leaves at `paths` lies: the number of pieces if it is none, 0 if one comes before the stack."""
+    leaves at `paths` lies: the number of pieces if it is none, 0 if one comes before the stack or
+    is shared, and so may be read anywhere."""
     pieces = names.stages or range(names.layers)
     first = len(pieces)
     for path in paths:
         _, _, where = path.partition("/")
-        if where.startswith("embeddings/"):
+        if where.startswith("embeddings/") or path.startswith("peft_shared/"):
             return 0
         if where.startswith("layers/"):
             mask = moving_rows(methods, path)

@@ -42,7 +42,7 @@ TEXT, IMAGES = ("SEQ_CLS", None), (None, "FEATURE_EXTRACTION")
 # The bias of a head's last layer: ours, and as transformers, torchvision and timm call it.
 HEAD_BIAS = (
     r"params/classifier/out/bias|"
-    r"base_model\.model\.(classifier(\.\d|\.out_proj)?|fc|linear|head)\.bias"
+    r"base_model\.(model\.)?(classifier(\.\d|\.out_proj)?|fc|linear|head)\.bias"
 )
 BASE_KEY, LABELS_KEY = "bmft_base_fingerprint", "bmft_labels"
 
@@ -104,6 +104,8 @@ class Layout(NamedTuple):
     arguments: Callable
     # fields -> bool, where methods share a peft_type: is it this one's? None: if no other's
     takes: Callable | None = None
+    # (fields, model): raises Mistake if they speak of a model of other sizes
+    fits: Callable | None = None
 
 
 class Adapter(NamedTuple):
@@ -260,6 +262,8 @@ def _decode(folder, fields, tensors, model):
     try:
         settings = _settings(fields, layouts[name])
         matching.check_saved(spoken, settings["modules_to_save"])
+        if layouts[name].fits:
+            layouts[name].fits(settings, model)
         groups = {name: layouts[name].arguments(settings, spoken)}
         methods = peft.build(model, (name,), groups)
         shapes = portable.expected(methods, model)

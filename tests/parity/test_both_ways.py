@@ -50,7 +50,8 @@ def batches(model):
 def outputs(methods, model, variables, chosen):
     """Our logits [n, outputs], packed and one a row."""
     apply = jax.jit(peft.attach(methods, model).apply)
-    return examples.of_both(np.asarray(apply(variables, examples.both(chosen))))
+    batch = examples.both(chosen, peft.virtual_ids(methods, model))
+    return examples.of_both(np.asarray(apply(variables, batch)))
 
 
 def loaded_by_peft(folder, base):
