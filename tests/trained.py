@@ -38,9 +38,9 @@ class Trained:
         rows = peft.moving_rows(self.methods, path)
         scale = path.replace("peft/", "peft_const/").rpartition("/")[0] + "/lora_scale"
         scale = tree.flatten(peft.constants(self.methods)).get(scale)
-        if path.endswith("lora_a"):
+        if path.endswith("/lora_a"):
             return np.broadcast_to(np.asarray(scale)[..., None, :] > 0, leaf.shape)
-        if path.endswith("lora_b"):
+        if path.endswith("/lora_b"):
             return np.broadcast_to(np.asarray(scale)[..., None] > 0, leaf.shape)
         return True if rows is None else rows.reshape(-1, *[1] * (leaf.ndim - 1))
 

@@ -43,7 +43,8 @@ def encode(method, model, moving, frozen, implied):
         where = matching.spell_targets(
             names, own.sites, (*saved, *implied), own.kinds, own.parts, own.by_layer
         )
-    return own.settings | where | {"modules_to_save": saved}, tensors
+    settings = own.settings | where | {"modules_to_save": saved}
+    return own.pack(settings, tensors) if own.pack else (settings, tensors)
 
 
 def dialect(names, keys):
