@@ -143,7 +143,7 @@ class Pair:
     # --- here
 
     def train_here(self):
-        step = train.make_step(self.fit.apply, self.task.loss, self.fit.tx)
+        step = prepare.make_step(self.config, self.fit, self.task.loss)
         state, losses, times = self.fit.state, [], []
         for number in range(self.steps):
             start = time.perf_counter()

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bmft import prepare, prepare_images, sharding, train
+from bmft import prepare, prepare_images, sharding
 from bmft.config import read
 
 EPOCHS = {"computed": 1, "kept": 5}  # measured, after the first
@@ -60,7 +60,7 @@ def epoch_seconds(kind, size, cache):
     fit = prepare.fit(config, problem.model, problem.methods, mesh, 1000)
     fit, batches = prepare_images.reuse_features(config, fit, batches, problem, mesh)
     step, steps = (
-        train.make_step(fit.apply, problem.task.loss, fit.tx),
+        prepare.make_step(config, fit, problem.task.loss),
         batches["train"].steps_per_epoch,
     )
     state, losses = fit.state, []

@@ -37,7 +37,7 @@ def main():
     model = prepare.find_model(config, 3)
     fit = prepare.fit(config, model, prepare.find_methods(config, model), mesh, steps=10)
     loss = text_classification.cross_entropy()
-    step = train.make_step(fit.apply, loss, fit.tx)
+    step = prepare.make_step(config, fit, loss)
     counted = operations(step, fit.state, fit.frozen, batch())
     base = operations(*input_gradient(model, fit, loss))
     numbers = tree.count(fit.state.moving["peft"])

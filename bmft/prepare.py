@@ -179,6 +179,8 @@ class Fit(NamedTuple):
     apply: Callable  # of bmft.peft.attach
     module: Any  # of the model, as it is trained
     momentum: Callable | None  # step -> share by which running statistics move
+    penalty: Callable | None  # of bmft.peft.penalty
+    after: Callable | None  # of bmft.peft.memory
     state: train.State
     frozen: Any
     tx: optax.GradientTransformation
@@ -191,9 +193,10 @@ class Fit(NamedTuple):
 def fit(config, model, methods, mesh, steps):
     """Load the base, add the methods' leaves, decide what moves: a `Fit` for `steps` steps.
 
-    Raises Mistake where a method claims nothing, or the adapted model differs from the base by
-    more than the methods declare.
+    Raises Mistake where a method claims nothing or needs more steps, or the adapted model differs
+    from the base by more than the methods declare.
     """
+    begin, after = peft.memory(methods, steps)  # first: it may find the run too short
     key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
     whole = sharding.replicated(mesh)
     exact = {*model.heads, *weights.FRESH}
@@ -224,13 +227,34 @@ def fit(config, model, methods, mesh, steps):
     masks = {path: mask for path, mask in masks.items() if mask is not None}
     never = [name for method in methods for name in method.undecayed]
     tx, schedules = optim.make(config, labels, steps, masks, never)
-    state = train.init_state(moving, tx, state_key, stats)
+    state = train.init_state(moving, tx, state_key, stats, begin)
     _check_identity(apply, train.variables(state, frozen), model, methods)
     state = jax.device_put(state, train.shardings(state, whole))
     rows = _table(variables, labels, stats)
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
-    momentum = MOMENTUM[model.config.batch_norm] if stats else None
-    return Fit(apply, module, momentum, state, frozen, tx, labels, schedules[first], rows, loaded)
+    return Fit(
+        apply=apply,
+        module=module,
+        momentum=MOMENTUM[model.config.batch_norm] if stats else None,
+        penalty=peft.penalty(methods),
+        after=after,
+        state=state,
+        frozen=frozen,
+        tx=tx,
+        labels=labels,
+        rate=schedules[first],
+        rows=rows,
+        loaded=loaded,
+    )
+
+
+def make_step(config, fit, loss, **options):
+    """`train.make_step` with all that a `Fit` and the config say of it."""
+    return train.make_step(
+        fit.apply, loss, fit.tx,
+        accumulate=config.train.accumulate, rate=fit.rate, momentum=fit.momentum,
+        penalty=fit.penalty, after=fit.after, **options,
+    )  # fmt: skip
 
 
 def _quickly():

@@ -25,12 +25,14 @@ class State(NamedTuple):
     moving: Any  # {"params": ..., "peft": ...}, float32
     opt: Any  # of optax, over moving
     stats: Any  # {"batch_stats": ...}, running statistics that the batches move; mostly {}
+    memory: Any  # what methods keep from step to step; mostly {}
 
 
-def init_state(moving, tx, key, stats=None):
-    """The `State` before the first step."""
+def init_state(moving, tx, key, stats=None, begin=lambda moving: {}):
+    """The `State` before the first step. begin: moving -> the methods' memory."""
     moving = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moving)
-    return State(jnp.zeros((), jnp.int32), key, moving, tx.init(moving), stats or {})
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, key, moving, tx.init(moving), stats or {}, begin(moving))
 
 
 def variables(state, frozen):
@@ -59,7 +61,10 @@ def bind(apply, variables, key=None, seen=None) -> Callable:
     return partial(apply, variables, key=key, seen=seen)
 
 
-def make_step(apply, loss, tx, *, accumulate=1, rate=None, momentum=None, grad=jax.value_and_grad):
+def make_step(
+    apply, loss, tx, *, accumulate=1, rate=None, momentum=None,
+    penalty=None, after=None, grad=jax.value_and_grad,
+):  # fmt: skip
     """step(state, frozen, batch) -> state, metrics; jitted, the old state's memory is reused.
 
     loss(forward, batch, key) -> (sum, weight), {name: sum}. Sums and weights, never means: with
@@ -70,9 +75,13 @@ def make_step(apply, loss, tx, *, accumulate=1, rate=None, momentum=None, grad=j
     rate: step -> learning rate, reported as it is; tx has its own. momentum: step -> share of the
     way that running statistics, where state.stats holds any, go towards the batch's.
 
-    metrics: loss and the names of aux as means; weight; examples (aux's own, where a weight is no
-    count); learning_rate; grad_norm, and grad_norms [n], a number for each moving leaf in the order
-    of jax.tree.leaves(state.moving).
+    penalty: variables -> a term beside the mean loss. after: (steps done, moving, grads, memory) ->
+    (moving, memory), once the optimizer's update is in `moving`; grads are those of the whole
+    batch, penalty and all, as they came: not clipped.
+
+    metrics: loss, penalty and the names of aux as means; weight; examples (aux's own, where a
+    weight is no count); learning_rate; grad_norm, and grad_norms [n], a number for each moving leaf
+    in the order of jax.tree.leaves(state.moving).
     """
 
     def gradient(state, frozen, batch, key):
@@ -86,28 +95,16 @@ def make_step(apply, loss, tx, *, accumulate=1, rate=None, momentum=None, grad=j
         (_, (sums, stats)), grads = grad(objective, has_aux=True)(state.moving)
         return grads, sums, stats
 
-    def in_parts(state, frozen, batch, key):
-        def cut(x):  # row i goes to part i % accumulate: every device has its share of every part
-            return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-        parts = jax.tree.map(cut, batch)
-        keys = jax.random.split(key, accumulate)
-
-        def add(carry, part):
-            return jax.tree.map(jnp.add, carry, gradient(state, frozen, *part)), None
-
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
-        rest = jax.tree.map(lambda x: x[1:], (parts, keys))
-        grads, sums, stats = jax.lax.scan(add, gradient(state, frozen, *first), rest)[0]
-        return grads, sums, jax.tree.map(lambda x: x / accumulate, stats)
-
     def step(state, frozen, batch):
         key = jax.random.fold_in(state.key, state.step)
-        compute = gradient if accumulate == 1 else in_parts
-        grads, sums, stats = compute(state, frozen, batch, key)
+        grads, sums, stats = _in_parts(gradient, accumulate, state, frozen, batch, key)
         weight = sums.pop("weight")
         examples = sums.pop("examples", weight)
         grads, means = jax.tree.map(lambda x: x / weight, (grads, sums))
+        if penalty:
+            of = lambda moving: penalty(variables(state._replace(moving=moving), frozen))  # noqa: E731
+            means["penalty"], more = jax.value_and_grad(of)(state.moving)
+            grads = jax.tree.map(jnp.add, grads, more)
         updates, opt = tx.update(grads, state.opt, state.moving)
         norms = jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(grads)])
         metrics = {**means, "weight": weight, "examples": examples, "grad_norms": norms}
@@ -117,7 +114,26 @@ def make_step(apply, loss, tx, *, accumulate=1, rate=None, momentum=None, grad=j
         if stats:
             share = momentum(state.step)
             stats = jax.tree.map(lambda old, new: old + share * (new - old), state.stats, stats)
-        moving = optax.apply_updates(state.moving, updates)
-        return State(state.step + 1, state.key, moving, opt, stats), metrics
+        moving, memory = optax.apply_updates(state.moving, updates), state.memory
+        if after:
+            moving, memory = after(state.step + 1, moving, grads, memory)
+        return State(state.step + 1, state.key, moving, opt, stats, memory), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _in_parts(gradient, count, state, frozen, batch, key):
+    """gradient(state, frozen, batch, key) -> grads, sums, stats in `count` parts of the rows."""
+    if count == 1:
+        return gradient(state, frozen, batch, key)
+
+    def cut(x):  # row i goes to part i % count: every device has its share of every part
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, gradient(state, frozen, *part)), None
+
+    parts = jax.tree.map(cut, batch), jax.random.split(key, count)
+    first, rest = (jax.tree.map(lambda x, s=s: x[s], parts) for s in (0, slice(1, None)))
+    grads, sums, stats = jax.lax.scan(add, gradient(state, frozen, *first), rest)[0]
+    return grads, sums, jax.tree.map(lambda x: x / count, stats)

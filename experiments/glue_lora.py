@@ -66,9 +66,7 @@ def main(argv):
         run,
         state=fit.state,
         frozen=fit.frozen,
-        step=train.make_step(
-            fit.apply, task.loss, fit.tx, accumulate=config.train.accumulate, rate=fit.rate
-        ),
+        step=prepare.make_step(config, fit, task.loss),
         batches=batches["train"],
         evaluate=assess,
         metric=prepare.find_metric(config, task),

@@ -73,17 +73,14 @@ def main(argv):
         run,
         state=fit.state,
         frozen=fit.frozen,
-        step=train.make_step(
-            fit.apply, task.loss, fit.tx,
-            accumulate=config.train.accumulate, rate=fit.rate, momentum=fit.momentum,
-        ),
+        step=prepare.make_step(config, fit, task.loss),
         batches=batches["train"],
         evaluate=assess,
         metric=prepare.find_metric(config, task),
         fingerprint=problem.base,
         labels=fit.labels,
         splits=[split for split in labelled if split != "train"],
-    )  # fmt: skip
+    )
 
     leave(outcome.state)
     last = outputs(outcome.state, labelled[-1])

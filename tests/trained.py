@@ -56,9 +56,9 @@ class Trained:
         if any(leaf.shape == scale.shape for scale in scales):
             return np.asarray(next(scale for scale in scales if leaf.shape == scale.shape)) > 0
         scale = constants.get(f"{module}/lora_scale")
-        if path.endswith("lora_a"):
+        if path.endswith("/lora_a"):
             return np.broadcast_to(np.asarray(scale)[..., None, :] > 0, leaf.shape)
-        if path.endswith("lora_b"):
+        if path.endswith("/lora_b"):
             return np.broadcast_to(np.asarray(scale)[..., None] > 0, leaf.shape)
         return True if rows is None else rows.reshape(-1, *[1] * (leaf.ndim - 1))
 

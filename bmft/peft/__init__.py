@@ -62,6 +62,12 @@ class Method(NamedTuple):
     # the table they, or keys and values in their place, take of an example.
     virtual_tokens: int = 0
     positions: int = 0
+    # variables -> scalar: a term beside the mean loss.
+    penalty: Callable | None = None
+    # steps of the run -> (begin, after), for what it keeps from step to step: begin(moving) ->
+    # memory; after(steps done, moving, grads, memory) -> (moving, memory), after each of the
+    # optimizer's steps. Mistake where the run has too few.
+    memory: Callable | None = None
     # How Hugging Face PEFT writes it (bmft.peft.files.Files); None: as BMFT_<METHOD>.
     files: Any = None
 
@@ -262,6 +268,32 @@ def merge(methods, params, added):
         elif method.hook:
             raise Mistake(f"method {method.name!r} cannot be merged into plain weights")
     return params
+
+
+# --- in the step -----------------------------------------------------------------------------
+
+
+def penalty(methods):
+    """variables -> the sum of the methods' penalties; None if they have none."""
+    terms = [method.penalty for method in methods if method.penalty]
+    return (lambda variables: sum(term(variables) for term in terms)) if terms else None
+
+
+def memory(methods, steps):
+    """(begin, after) of `Method.memory` for all methods of a run of so many steps: of {method's
+    name: its memory}. after is None if none of them keeps anything."""
+    pairs = {method.name: method.memory(steps) for method in methods if method.memory}
+
+    def begin(moving):
+        return {name: begin_own(moving) for name, (begin_own, _) in pairs.items()}
+
+    def after(step, moving, grads, memory):
+        memory = dict(memory)
+        for name, (_, after_own) in pairs.items():
+            moving, memory[name] = after_own(step, moving, grads, memory[name])
+        return moving, memory
+
+    return begin, after if pairs else None
 
 
 # --- what moves ------------------------------------------------------------------------------

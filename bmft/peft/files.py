@@ -85,6 +85,10 @@ class Files(NamedTuple):
     # from all tensors of a file
     encode_others: Callable | None = None
     decode_others: Callable | None = None
+    # Of a whole file, where its fields or shapes depend on what was learnt: last in writing,
+    # (fields, {key: tensor}) -> both; first in reading, (fields, {key: tensor}) -> {key: tensor}
+    pack: Callable | None = None
+    unpack: Callable | None = None
     prefix: str = portable.PREFIX  # of the keys of modules trained whole
     expressible: Callable | None = None  # model -> can PEFT compute it? None: always
     # Has its configuration a modules_to_save? If not, PEFT's own files hold no head; what stands in
@@ -267,6 +271,8 @@ def _decode(folder, fields, tensors, model):
         groups = {name: layouts[name].arguments(settings, spoken)}
         methods = peft.build(model, (name,), groups)
         shapes = portable.expected(methods, model)
+        if methods[0].files.unpack:
+            tensors = methods[0].files.unpack(settings, tensors)
     except Mistake as mistake:
         raise Mistake(f"{file}: {mistake}") from None
     saved, model = settings["modules_to_save"], model._replace(names=spoken)

@@ -43,7 +43,8 @@ def encode(method, model, moving, frozen, implied):
         where = matching.spell_targets(
             names, own.sites, (*saved, *implied), own.kinds, own.parts, own.by_layer
         )
-    return own.settings | where | ({"modules_to_save": saved} if own.saves else {}), tensors
+    fields = own.settings | where | ({"modules_to_save": saved} if own.saves else {})
+    return own.pack(fields, tensors) if own.pack else (fields, tensors)
 
 
 def dialect(names, keys):
