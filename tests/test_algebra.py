@@ -3,6 +3,9 @@
 What PEFT makes of the same adapters: tests/parity/test_algebra.py.
 """
 
+import ast
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -39,7 +42,9 @@ def base(tmp_path_factory):
 def adapter(base, tmp_path_factory):
     """(groups, seed) -> files.Adapter of a directory; the seed changes every leaf."""
 
-    def make(groups, seed=0, **changes):
+    @functools.cache
+    def make(described, seed, changes):
+        groups, changes = ast.literal_eval(described), dict(changes)
         model, variables = base
         trained = Trained(model, variables["params"], groups, size=0.1)
         rng = np.random.default_rng(seed)
@@ -49,7 +54,8 @@ def adapter(base, tmp_path_factory):
         folder = tmp_path_factory.mktemp("adapter")
         return files.read(trained.write(folder, **changes), model)
 
-    return make
+    # Shared by the tests: each is written and read once.
+    return lambda groups, seed=0, **changes: make(repr(groups), seed, tuple(changes.items()))
 
 
 def changes(base, one):
@@ -275,8 +281,10 @@ def test_a_merge_is_undone(base, adapter, groups):
 
 
 def test_a_merge_that_cannot_be_undone(base, adapter):
-    one = adapter({"ia3": IA3})
-    one.leaves["peft/layers/attention/query/ia3_out"][1, 3] = 0.0
+    one, path = adapter({"ia3": IA3}), "peft/layers/attention/query/ia3_out"
+    factor = one.leaves[path].copy()
+    factor[1, 3] = 0.0
+    one = one._replace(leaves=one.leaves | {path: factor})
     with pytest.raises(Mistake, match="ia3 cannot be taken out of layers/attention/query/"):
         converting.unmerge(one, converting.merged(one, base[1]))
 

@@ -1,7 +1,7 @@
 """What an adapter directory says of itself, read without its base, or a model at all.
 
 The norm of each module and layer says where an adapter does its work: of LoRA the Frobenius norm of
-the update scale B A, of any other tensor its own.
+the update scale B A (all there is of it but a magnitude, in DoRA), of any other tensor its own.
 """
 
 import json
