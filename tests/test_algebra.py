@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_images
+import tiny_nets
+import tiny_vit
 from trained import LABELS, Trained
 
 from bmft import models, peft, tree
@@ -371,7 +374,7 @@ def test_what_cannot_stand_beside_others(base, adapter, together):
     for groups, message in (
         ({"adapter": {}}, r"'b' \(adapter\) moves params/.*norm/bias: .*merge it, or convert"),
         ({"adapter": {"kind": "parallel"}}, "moves peft/layers/mlp/adapter_"),
-        ({"norm_tuning": {}}, r"'b' \(norm_tuning\) moves params/embeddings/norm/bias"),
+        ({"norm_tuning": {}}, r"'b' \(norm_tuning\) moves params/embeddings/norm/"),
         ({"lora": LORA | {"modules_to_save": ("LayerNorm",)}}, "moves params/.*norm"),
     ):
         with pytest.raises(Mistake, match=message):
@@ -387,3 +390,70 @@ def test_what_cannot_stand_beside_others(base, adapter, together):
         found.apply(found.variables, tiny.batch())
     with pytest.raises(Mistake, match="no adapters"):
         several.attach({}, *base)
+
+
+# --- of images -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["resnext", "vit"])
+def of_images(request, tmp_path_factory):
+    """(model, variables, {name: adapter}, a batch): convolutions in groups, of different ranks."""
+    family = request.param
+    module = tiny_vit if family == "vit" else tiny_images
+    folder = module.directory(tmp_path_factory.mktemp(family) / "model", family)
+    model = models.find(str(folder), outputs=tiny.OUTPUTS)
+    variables = weights.load(model, jax.random.key(0)).variables()
+    targets = ("query", "mlp.up") if family == "vit" else ("conv2", "re:.*shortcut.conv")
+    groups = {
+        "small": {"lora": {"rank": 2, "alpha": 3.0, "targets": targets}},
+        "large": {"lora": {"rank": 4, "alpha": 7.0, "targets": targets[:1]}},
+        "factors": {"ia3": {"targets": targets, "feedforward": targets[:1]}},
+    }
+    found = {}
+    for seed, (name, group) in enumerate(groups.items()):
+        trained = Trained(model, variables["params"], group, size=0.1)
+        rng = np.random.default_rng(seed)
+        trained.moving = jax.tree.map(
+            lambda leaf, rng=rng: leaf * (1 + rng.normal(0, 0.3, leaf.shape)), trained.moving
+        )
+        found[name] = files.read(trained.write(folder / name), model)
+    return model, variables, found, {"images": module.batch(rows=4)["images"]}
+
+
+def test_each_image_by_its_own_adapter(of_images):
+    model, variables, adapters, batch = of_images
+    found = several.attach(adapters, model, variables)
+    got = tiny_nets.quick(found.apply)(found.variables, batch | {"adapters": [2, -1, 1, 0]})
+    for row, name in enumerate(["factors", None, "large", "small"]):
+        methods = adapters[name].methods if name else ()
+        own = files.insert(adapters[name], variables) if name else variables
+        want = tiny_nets.quick(peft.attach(methods, model).apply)(own, batch)
+        np.testing.assert_allclose(got[row], want[row], atol=1e-5 * np.abs(want).max())
+    assert found.choose(batch, "large")["adapters"].tolist() == [1] * 4
+
+
+def test_algebra_of_convolutions(of_images):
+    model, variables, adapters, _ = of_images
+    before = {p: np.asarray(leaf) for p, leaf in tree.flatten(variables["params"]).items()}
+    two = {name: adapters[name] for name in ("small", "large")}
+    after = [converting.merged(one, variables) for one in two.values()]
+    kernels = {f"{path}/kernel" for path, _ in updates.of(two["small"], "")}
+    for options in ({"how": "cat"}, {"how": "svd", "rank": 6}):
+        made = combining.combine(two, [0.7, 0.2], model, **options)
+        assert made.error < 1e-6
+        found = converting.merged(made.adapter, variables)
+        for path in kernels:
+            want = before[path] + sum(
+                w * (one[path] - before[path]) for w, one in zip([0.7, 0.2], after, strict=True)
+            )
+            np.testing.assert_allclose(found[path], want, atol=1e-5)
+    scaled = converting.merged(adapters["factors"], variables)
+    whole = tree.flatten(tree.join(*(variables[name] for name in variables)))
+    whole = {path: np.asarray(leaf) for path, leaf in whole.items()}
+    made = converting.to_lora(whole, scaled, model, 999)
+    found = converting.merged(made.adapter, variables)
+    for path in kernels:
+        np.testing.assert_allclose(found[path], scaled[path], atol=1e-5)
+    back = converting.unmerge(two["small"], after[0]).params
+    for path in kernels:
+        np.testing.assert_allclose(back[path], before[path], atol=1e-6)

@@ -64,7 +64,7 @@ def attach(adapters, model, base):
     flat, stacks = tree.flatten(base["params"]), {}
     dense = model.names.modules("dense")
     for name, one in adapters.items():
-        for path, leaf in one.leaves.items():
+        for path, leaf in sorted(one.leaves.items()):
             collection, _, where = path.partition("/")
             module, _, kind = where.rpartition("/")
             if collection == "params" and module in dense:
