@@ -1,5 +1,6 @@
 """Mistakes of the user: one line that says what is wrong, where, and the nearest right thing."""
 
+import argparse
 import difflib
 import os
 import signal
@@ -16,6 +17,13 @@ class Stopped(BaseException):
 
     Like KeyboardInterrupt it is no `Exception`: no library may take it for a fault of its own.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """Its complaints are Mistakes."""
+
+    def error(self, message):
+        raise Mistake(f"{message}; see --help")
 
 
 def nearest(word, known):

@@ -139,6 +139,16 @@ def show_leaves(rows, console=None):
     console.print(f"{moving:,} of {total:,} numbers move ({moving / total:.3%})", highlight=False)
 
 
+def show_table(columns, rows, console=None):
+    """Print rows of texts under the names of their columns; long ones are folded."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    (console or _console()).print(table, markup=False)
+
+
 def draw_curves(metrics, picture):
     """Draw metrics.jsonl (a path) as a PNG: losses on the left, evaluation metrics on the right."""
     from matplotlib.figure import Figure  # 1 s to import

@@ -26,7 +26,7 @@ from bmft.data.batches import Batches, row_length
 from bmft.data.image_batches import ImageBatches
 from bmft.data.image_table import ImageTable
 from bmft.data.table import Table
-from bmft.errors import Mistake, command
+from bmft.errors import Mistake, Parser, command
 from bmft.models import weights
 from bmft.peft import files
 from bmft.run import write_whole
@@ -210,14 +210,9 @@ def _few_shapes(arrays):
 # --- command line ----------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Mistake(f"{message}; see --help")
-
-
 def main(argv):
     layout = argparse.RawTextHelpFormatter
-    parser = _Parser("bmft.predict", description=__doc__, formatter_class=layout)
+    parser = Parser("bmft.predict", description=__doc__, formatter_class=layout)
     parser.add_argument("--run", help="a run directory")
     parser.add_argument("--base", help="a model: directory, preset or Hub id")
     parser.add_argument("--adapter", help="an adapter directory, ours or PEFT's")

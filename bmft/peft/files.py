@@ -191,6 +191,11 @@ def card(folder):
     )
 
 
+def tensors_of(folder):
+    """{key: float32 array}: the tensors of an adapter directory, as they are called there."""
+    return _read_tensors(Path(folder) / TENSORS)
+
+
 def read(folder, model, *, fingerprint=None):
     """The `Adapter` in a directory, for a model, whose weights need not be read.
 
