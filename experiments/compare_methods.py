@@ -96,6 +96,15 @@ class Common(NamedTuple):
     mesh: Any
     fingerprint: str
 
+    def batches(self, job, kept):
+        """{split: Batches} of a job's seed, kept for the methods that follow."""
+        if job.seed not in kept:
+            kept.clear()
+            kept[job.seed] = prepare.batches(
+                job.config, self.model, self.task, self.tables, self.mesh
+            )
+        return kept[job.seed]
+
     def batches(self, config):
         return prepare.batches(config, self.model, self.task, self.tables, self.mesh)
 
@@ -133,7 +142,7 @@ def entry(argv, settings, name):
 
 
 def cut(tables, compare):
-    """The tables, with so many examples of those that are evaluated; a file may lie in the order of
+    """The tables, with so many examples of those that are evaluated. A file may lie in the order of
     its labels, so they are taken from all over it."""
     limits = {"validation": compare.validation_examples, "test": compare.test_examples}
 
@@ -158,7 +167,8 @@ def compute_all(jobs, common, report):
         if job.seed not in batches:
             batches = {job.seed: common.batches(job.config)}
         try:
-            report.add(job, compute(job, common, shared, batches[job.seed], programs))
+            found = compute(job, common, shared, common.batches(job, batches), programs)
+            report.add(job, found)
         except Mistake as mistake:  # of one method: the others go on
             warn(f"{job.name}, seed {job.seed}: {mistake}")
             failed.append(f"{job.name}-{job.seed}")
