@@ -154,7 +154,7 @@ def draw_curves(metrics, picture):
     from matplotlib.figure import Figure  # 1 s to import
 
     curves = {"loss": {}, "metrics": {}}
-    for row in _read_rows(metrics):
+    for row in read_rows(metrics):
         for name, value in row.items():
             if name in ("step", "split", "time") or value is None:
                 continue
@@ -190,7 +190,7 @@ def _number(value):
     return "nan" if value is None else f"{value:.4g}"
 
 
-def _read_rows(path):
+def read_rows(path):
     """The rows of a metrics.jsonl, without a line that was torn when a process was killed."""
     return [row for _, row in _read_lines(path)]
 

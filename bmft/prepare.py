@@ -190,15 +190,11 @@ class Fit(NamedTuple):
     loaded: weights.Loaded
 
 
-def fit(config, model, methods, mesh, steps):
-    """Load the base, add the methods' leaves, decide what moves: a `Fit` for `steps` steps.
+def load(model, key, mesh, methods=(), shared=None):
+    """The base (`weights.Loaded`) in the model's dtype, but for what stays exact or moves.
 
-    Raises Mistake where a method claims nothing or needs more steps, or the adapted model differs
-    from the base by more than the methods declare.
+    shared: one loaded before, whose leaves it takes as they are.
     """
-    begin, after = peft.memory(methods, steps)  # first: it may find the run too short
-    key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
-    whole = sharding.replicated(mesh)
     exact = {*model.heads, *weights.FRESH}
     # A BatchNorm computes in float32, and is exported whole where its statistics moved.
     exact |= {leaf.path.rpartition("/")[0] for leaf in model.names.leaves if leaf.is_statistic}
@@ -207,7 +203,22 @@ def fit(config, model, methods, mesh, steps):
         moves = any(method.moves(f"params/{path}") for method in methods)
         return jnp.float32 if moves or tree.under(path, exact) else model.module.dtype
 
-    loaded = weights.load(model, key, dtype=dtype, sharding=sharding.of_leaf(mesh, model.sharding))
+    sharded = sharding.of_leaf(mesh, model.sharding)
+    return weights.load(model, key, dtype=dtype, sharding=sharded, shared=shared)
+
+
+def fit(config, model, methods, mesh, steps, shared=None):
+    """Load the base, add the methods' leaves, decide what moves: a `Fit` for `steps` steps.
+
+    shared: a base loaded before, by `load`: its frozen leaves are used as they are, and those that
+    move are copied, as a step takes their memory.
+    Raises Mistake where a method claims nothing or needs more steps, or the adapted model differs
+    from the base by more than the methods declare.
+    """
+    begin, after = peft.memory(methods, steps)  # first: it may find the run too short
+    key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
+    whole = sharding.replicated(mesh)
+    loaded = load(model, key, mesh, methods, shared)
     base = loaded.variables()
     add = jax.jit(peft.attach(methods, model).add, out_shardings=whole, compiler_options=_quickly())
     variables = base | add(add_key, base)
@@ -223,6 +234,7 @@ def fit(config, model, methods, mesh, steps):
     module = model.module.clone(frozen_below=below)
     apply = peft.attach(methods, model._replace(module=module)).apply
     moving, frozen = tree.split(variables, lambda path: path in labels)
+    moving = jax.tree.map(jnp.copy, moving) if shared else moving
     masks = {path: peft.moving_rows(methods, path) for path in labels}
     masks = {path: mask for path, mask in masks.items() if mask is not None}
     never = [name for method in methods for name in method.undecayed]

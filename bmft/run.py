@@ -38,7 +38,8 @@ REPORT = (  # what report.json holds at least
     *("tokens_per_second", "padding_share", "compile_seconds", "compilations"),
     *("peak_memory_bytes", "wall_seconds", "jax", "devices"),
 )
-TRACES = ("checkpoints", "metrics.jsonl", "report.json")  # of a run that has begun to compute
+# Of a run that has begun to compute; results.jsonl: of several (bmft/comparison.py).
+TRACES = ("checkpoints", "metrics.jsonl", "report.json", "results.jsonl")
 NAME_LENGTH = 80  # of a default directory; file systems allow 255 bytes
 
 
@@ -81,12 +82,13 @@ class Run:
             os.close(folder)
 
 
-def open_run(config, workdir, name, fingerprint):
+def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow=True):
     """The `Run` in directory `workdir`: new, continued or finished, which is printed.
 
     config: the resolved config (`bmft.config.Config.config`); name: the experiment's; fingerprint:
     text that identifies the base's file. Raises Mistake if the directory holds another run (with
-    the keys that differ; `MAY_DIFFER` may, and train.steps may grow) or cannot be used.
+    the keys that differ; those of `may_differ` may, and train.steps may grow where it `may_grow`)
+    or cannot be used.
     """
     path = pathlib.Path(workdir)
     record = {
@@ -101,7 +103,7 @@ def open_run(config, workdir, name, fingerprint):
         found = None  # a mistake ended it before anything was computed: there is nothing to mix
     grown = False
     if found is not None:
-        grown = _refuse_other(path, found, record)
+        grown = _refuse_other(path, found, record, may_differ, may_grow)
     finished = found is not None and not grown and (path / "report.json").is_file()
     if jax.process_index() == 0:
         if grown:  # before the config changes: killed in between, it is still a run to continue
@@ -193,19 +195,18 @@ def _read_record(path):
         raise Mistake(f"cannot read {file}: {error.strerror}") from error
 
 
-def _refuse_other(path, old, new):
+def _refuse_other(path, old, new, may_differ, may_grow):
     """Raises Mistake if `old` is another run than `new`; True if train.steps has grown."""
     steps, wanted = (record["config"]["train"]["steps"] for record in (old, new))
-    grown = steps is not None and wanted is not None and wanted > steps
-    may_differ = (*MAY_DIFFER, "train.steps") if grown else MAY_DIFFER
+    grown = may_grow and steps is not None and wanted is not None and wanted > steps
+    may_differ = (*may_differ, "train.steps") if grown else may_differ
     differ = difference(old["config"], new["config"], may_differ)
     for key in ("experiment", "base_fingerprint"):
         if old[key] != new[key]:
             differ.insert(0, f"{key}: {old[key]!r} != {new[key]!r}")
     if differ:
-        only = (
-            "; train.steps may only grow" if any("train.steps" in line for line in differ) else ""
-        )
+        grows = may_grow and any("train.steps" in line for line in differ)
+        only = "; train.steps may only grow" if grows else ""
         raise Mistake(
             f"{path} holds another run ({', '.join(differ)}){only}: choose another --workdir"
         )

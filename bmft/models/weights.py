@@ -53,17 +53,20 @@ def shapes(model):
     return tree.join(made["params"], made.get("batch_stats", {}))
 
 
-def load(model, key, *, dtype=None, sharding=None):
+def load(model, key, *, dtype=None, sharding=None, shared=None):
     """`Loaded` for a model; `key` initialises what the file does not have.
 
     dtype(path) -> dtype of a leaf (None: float32); sharding(path, shape) -> jax Sharding (None:
     the default device). Each process reads the slices of its own devices only.
+    shared: another `Loaded` of the model, in the same sharding: what it has in the wanted dtype
+    is taken from there, and not read or copied again.
     Raises Mistake, naming file and tensor, for anything that does not fit.
     """
     dtype = dtype or (lambda path: jnp.float32)
     sharding = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     files = index(model)
     expected = tree.flatten(shapes(model))
+    there = tree.flatten(shared.leaves()) if shared else {}
     leaves, fresh, used = {}, [], set()
     for leaf in model.names.leaves:
         shape = expected[leaf.path].shape
@@ -72,7 +75,11 @@ def load(model, key, *, dtype=None, sharding=None):
             fresh.append(leaf.path)
             continue
         used.update(keys)
-        read = _reader(files, leaf, keys, shape, np.dtype(dtype(leaf.path)))
+        wanted = np.dtype(dtype(leaf.path))
+        if leaf.path in there and there[leaf.path].dtype == wanted:
+            leaves[leaf.path] = there[leaf.path]
+            continue
+        read = _reader(files, leaf, keys, shape, wanted)
         leaves[leaf.path] = jax.make_array_from_callback(shape, sharding(leaf.path, shape), read)
     leaves |= _initialise(model, key, tuple(fresh), dtype, sharding)
     left = sorted(set(files.where) - used)
