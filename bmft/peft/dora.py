@@ -63,17 +63,17 @@ def make(
         kernel = module.get_variable("params", "kernel")
         norm = jax.lax.stop_gradient(_norm(kernel, a, b, scale))
         m = peft.leaf(module, "lora_magnitude", lambda *_: norm, norm.shape)
-        x = low_rank.read(module, args[0], plan.dropout)
-        if plan.dropout and module.has_rng("peft"):
-            straight = x.astype(module.dtype) @ kernel.astype(module.dtype)
-        else:
-            bias = module.get_variable("params", "bias") if module.use_bias else 0
-            straight = out - bias
         # Where a layer is no target, its scale is zero, and m says nothing.
         factor = jnp.where(scale[0] > 0, m / norm, 1)
-        update = low_rank.update(module, x, a, b, scale)
-        more = (factor - 1) * straight.astype(jnp.float32) + factor * update
-        return out + more.astype(out.dtype)
+        x = low_rank.read(module, args[0], plan.dropout)
+        update = low_rank.update(module, x, a, b * factor, scale)
+        x, kernel = x.astype(module.dtype), kernel.astype(module.dtype)
+        if plan.dropout and module.has_rng("peft"):
+            straight = x @ kernel
+        else:
+            straight = out - module.get_variable("params", "bias") if module.use_bias else out
+        stretched = _stretched(straight.astype(jnp.float32), factor, x, kernel)
+        return out + (stretched + update).astype(out.dtype)
 
     encode, decode = low_rank_files.codec(plan)
 
@@ -103,6 +103,29 @@ def make(
             kinds=("dense",),
         ),
     )
+
+
+@jax.custom_vjp
+def _stretched(straight, factor, x, kernel):
+    """(factor - 1) straight [..., out], where straight is x W.
+
+    The gradient of the factor needs straight again, and computes it from x and W, which are kept
+    for other gradients anyway: to keep straight, too, took more memory than LoRA in all.
+    """
+    return (factor - 1) * straight
+
+
+def _stretched_forward(straight, factor, x, kernel):
+    return _stretched(straight, factor, x, kernel), (factor, x, kernel)
+
+
+def _stretched_backward(kept, grad):
+    factor, x, kernel = kept
+    of_factor = (grad * (x @ kernel).astype(jnp.float32)).sum(tuple(range(grad.ndim - 1)))
+    return (factor - 1) * grad, of_factor, None, None  # the gradient of x is that of straight
+
+
+_stretched.defvjp(_stretched_forward, _stretched_backward)
 
 
 def _norm(kernel, a, b, scale):

@@ -119,9 +119,10 @@ def plan(
     for kind in KINDS:
         others = [path for path in table.modules(kind) if path in sites and kind not in kinds]
         if others:
+            only = " and ".join(f"{matching.KINDS[known]}s" for known in kinds)
             raise Mistake(
-                f"peft.{method}.targets: {others[0]} is no dense layer, and {method} is for those; "
-                "lora is for convolutions and embeddings, too"
+                f"peft.{method}.targets: {others[0]} is a module of another kind: {method} is for "
+                f"{only}; lora is for convolutions and embeddings, too"
             )
     ranks = _values(table, sites, f"{method}.rank", ranks_by, rank)
     alphas = _values(table, sites, f"{method}.alpha", alphas_by, float(alpha))
