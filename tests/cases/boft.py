@@ -22,6 +22,7 @@ CASES = {
     "boft_num": _case(
         {"boft_block_size": 0, "boft_block_num": 4, "bias": "boft_only"},
         {"blocks": 4, "bias": "boft_only"},
+        families=("bert",),
     ),
     "boft_butterfly": _case(
         {"boft_block_size": 2, "boft_n_butterfly_factor": 3, "bias": "all"},

@@ -21,7 +21,11 @@ def _case(settings, group, **about):
 CASES = {
     # By default the other of r and oft_block_size is not zero in PEFT's configuration.
     "oft": _case({"oft_block_size": 8}, {"block_size": 8}),
-    "oft_r": _case({"r": 4, "oft_block_size": 0, "bias": "all"}, {"blocks": 4, "bias": "all"}),
+    "oft_r": _case(
+        {"r": 4, "oft_block_size": 0, "bias": "all"},
+        {"blocks": 4, "bias": "all"},
+        families=("bert",),
+    ),
     "oft_exact": _case(
         {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"},
         {"block_size": 8, "neumann": False, "bias": "oft_only"},
@@ -29,6 +33,7 @@ CASES = {
     "oft_shared": _case(
         {"oft_block_size": 4, "block_share": True, "num_cayley_neumann_terms": 3},
         {"block_size": 4, "block_share": True, "terms": 3},
+        families=("bert",),
     ),
     "oft_long_series": _case(
         {"oft_block_size": 4, "num_cayley_neumann_terms": 7},
@@ -38,5 +43,6 @@ CASES = {
     "oft_constrained": _case(
         {"oft_block_size": 8, "coft": True, "eps": 0.4},
         {"block_size": 8, "coft": True, "eps": 0.4},
+        families=("bert",),
     ),
 }
