@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_images
 import tiny_vit
 from trained import Trained
 
@@ -35,6 +36,7 @@ def folders(tmp_path_factory):
     tiny.tokenizer(found["bert"])
     (found["roberta"] / "tokenizer.json").write_text("{")
     found["vit"] = tiny_vit.directory(tmp_path_factory.mktemp("vit"))
+    found["resnet"] = tiny_images.directory(tmp_path_factory.mktemp("resnet"), "resnet")
     return found
 
 
@@ -268,6 +270,8 @@ BAD = [
     ("bert", ("prefix_tuning", "p_tuning"), {}, "both take the first positions"),
     ("vit", ("prompt_tuning",), {}, "no word embedding"),
     ("vit", ("p_tuning",), {}, "no word embedding"),
+    ("resnet", ("p_tuning",), {}, "no word embedding"),
+    ("resnet", ("prefix_tuning",), {}, "no attention"),
 ]
 
 
