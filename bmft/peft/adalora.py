@@ -9,12 +9,12 @@ counts for nothing. The budget of triplets falls with the third power of the ste
 a module to target_rank on average. What a triplet is worth is its E's importance and the means of
 A's and B's: |value x gradient|, smoothed, times its smoothed deviation. Every delta_t steps the
 least are set to zero, of all modules together; from the step where the budget meets its target,
-the same ones after each step. A penalty keeps A and B near orthogonal, by the Frobenius norm of
-A'A - 1 and BB' - 1 (the paper: its square).
+the same ones after each step. A penalty keeps A and B near orthogonal: the Frobenius norm of A'A - 1
+and BB' - 1 (the paper: its square).
 
 A step's number t counts the steps done, so that the last is the run's length and the budget is met
-at the end even with tfinal 0 (PEFT leaves the numbers to its caller). Where importances tie, just
-as many fall as must, over all modules evenly (PEFT drops all that tie).
+at the end even with tfinal 0 (PEFT leaves the numbers to its caller). Of equals, just as many fall
+as must, over all modules evenly (PEFT: all of them). Files hold the triplets whose E is not zero.
 
 Shapes: l layers of a stack, r the initial rank. float32, whatever the base computes in.
 
@@ -213,8 +213,8 @@ def _memory(plan, sites, steps):
         leaves = own(tree.flatten(moving["peft"]))
         zeros = lambda: {path: jnp.zeros_like(leaf) for path, leaf in leaves.items()}  # noqa: E731
         kept = {path: jnp.ones_like(leaves[f"{path}/{E}"], bool) for path in sites}
-        flat = {"importance": zeros(), "deviation": zeros(), "kept": kept}
-        return {name: tree.unflatten(leaves) for name, leaves in flat.items()}
+        memory = {"importance": zeros(), "deviation": zeros(), "kept": kept}
+        return {name: tree.unflatten(flat) for name, flat in memory.items()}
 
     def after(step, moving, grads, memory):
         leaves, slopes = (tree.flatten(variables["peft"]) for variables in (moving, grads))
@@ -286,10 +286,9 @@ def _codec(model, sites):
     def decode(path, layer, tensors):
         a, e, b = (tensors[f"lora_{m}"] for m in "AEB")
         if path in on_conv:
-            a = names.from_file("conv", a.reshape(len(a), -1, *geometry()[path].kernel))
-        else:
-            a = a.T
-        return {A: a, E: e[:, 0], B: b.T}
+            a = a.reshape(len(a), -1, *geometry()[path].kernel)
+        layout = "conv" if path in on_conv else "transpose"
+        return {A: names.from_file(layout, a), E: e[:, 0], B: b.T}
 
     return encode, decode
 
