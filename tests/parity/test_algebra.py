@@ -54,7 +54,7 @@ def folders(base, tmp_path_factory):
         {
             "a": {"lora": LORA},
             "b": {"lora": OTHER},
-            "saved": {"lora": LORA | {"rank": 2, "modules_to_save": ("pooler",)}},
+            "saved": {"lora": LORA | {"rank": 2, "modules_to_save": ("layers.1.mlp.up",)}},
             "factors": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
             "others": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
         }.items()
@@ -129,7 +129,9 @@ def test_combinations(base, folders, tmp_path, options):
 
 
 def test_a_mixed_batch(base, folders):
-    """PEFT's adapter_names: each example's LoRA, pooler and head; packed, and one a row."""
+    """PEFT's adapter_names: each example's LoRA, dense layer and head; packed, and one a row.
+
+    PEFT knows no other whole modules there (nor IA3): BertPooler, which holds one, is refused."""
     _, model, variables = base
     names = ["a", "saved", "b"]
     theirs = in_peft(base[0], {name: folders[name] for name in names})
