@@ -42,7 +42,7 @@ def show(options):
         **found.settings,
     }
     for name, value in facts.items():
-        print(f"{name:<16} {value}")
+        print(f"{name:<18} {value}")
     rows = [
         (row.module, row.what, " x ".join(map(str, row.shape)), row.rank, _by_layer(row.norms))
         for row in found.rows
@@ -279,7 +279,7 @@ def _check_output(folder, *inputs):
 
 def _by_layer(values):
     """{layer or None: number} in one cell."""
-    listed = [f"{layer}: {value:.2e}" for layer, value in values.items() if layer is not None]
+    listed = [f"{layer}: {value:.3g}" for layer, value in values.items() if layer is not None]
     return "  ".join(listed) or f"{values[None]:.2e}"
 
 

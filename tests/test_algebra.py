@@ -19,7 +19,7 @@ from trained import LABELS, Trained
 from bmft import models, peft, tree
 from bmft.errors import Mistake
 from bmft.models import weights
-from bmft.peft import combining, converting, files, several, updates
+from bmft.peft import combining, converting, files, portable, several, updates
 
 LORA = {"rank": 3, "alpha": 7.0, "targets": ("query", "mlp.down")}
 PATTERNS = LORA | {
@@ -409,14 +409,17 @@ def of_images(request, tmp_path_factory):
         "large": {"lora": {"rank": 4, "alpha": 7.0, "targets": targets[:1]}},
         "factors": {"ia3": {"targets": targets, "feedforward": targets[:1]}},
     }
-    found = {}
-    for seed, (name, group) in enumerate(groups.items()):
-        trained = Trained(model, variables["params"], group, size=0.1)
-        rng = np.random.default_rng(seed)
-        trained.moving = jax.tree.map(
-            lambda leaf, rng=rng: leaf * (1 + rng.normal(0, 0.3, leaf.shape)), trained.moving
-        )
-        found[name] = files.read(trained.write(folder / name), model)
+    rng, found = np.random.default_rng(0), {}
+    for name, group in groups.items():
+        methods = peft.build(model, tuple(group), group)
+        leaves = tree.flatten({"params": {"classifier": variables["params"]["classifier"]}})
+        leaves |= portable.expected(methods, model)[1]
+        leaves = {
+            path: rng.normal("ia3" in path, 0.2, leaf.shape).astype(np.float32)
+            for path, leaf in leaves.items()
+            if not path.startswith("peft_const")
+        }
+        found[name] = files.Adapter(methods, tuple(group), group, leaves, {}, LABELS, None)
     return model, variables, found, {"images": module.batch(rows=4)["images"]}
 
 

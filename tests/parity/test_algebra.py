@@ -21,6 +21,7 @@ from bmft.peft import combining, files, several, updates
 LENGTHS = (13, 3, 8, 10)
 LORA = {"rank": 3, "alpha": 7.0, "targets": ("query", "mlp.down")}
 OTHER = {"rank": 3, "alpha": 4.0, "targets": ("query", "mlp.up"), "rslora": True}
+SAVED = ("layers.1.attention.output",)
 WEIGHTS = (0.7, -0.4)
 HOWS = [
     {"how": "linear"},
@@ -54,7 +55,9 @@ def folders(base, tmp_path_factory):
         {
             "a": {"lora": LORA},
             "b": {"lora": OTHER},
-            "saved": {"lora": LORA | {"rank": 2, "modules_to_save": ("pooler",)}},
+            "saved": {
+                "lora": LORA | {"rank": 2, "modules_to_save": ("layers.1.attention.output",)}
+            },
             "factors": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
             "others": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
         }.items()
@@ -129,7 +132,10 @@ def test_combinations(base, folders, tmp_path, options):
 
 
 def test_a_mixed_batch(base, folders):
-    """PEFT's adapter_names: each example's LoRA, pooler and head; packed, and one a row."""
+    """PEFT's adapter_names: each example's LoRA, dense layer and head; packed, and one a row.
+
+    PEFT has neither IA3 there, nor a BertPooler trained whole, nor LoRA on what another trains so.
+    """
     _, model, variables = base
     names = ["a", "saved", "b"]
     theirs = in_peft(base[0], {name: folders[name] for name in names})
