@@ -178,7 +178,8 @@ BAD = [
         {"rank_pattern": ("qury=2",)},
         "peft.pissa.rank_pattern: 'qury' matches no target",
     ),
-    (("lora", "dora"), {}, "moved both as 'lora' and as 'dora'"),
+    (("lora", "dora"), {}, "two of them add lora_a to layers/attention/query; give up one"),
+    (("lora", "dora"), {"targets": ("up",)}, "moved both as 'lora' and as 'dora'"),
 ]
 
 

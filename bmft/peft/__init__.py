@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import NameInUseError
 
 from bmft import tree
 from bmft.errors import Mistake, nearest
@@ -131,7 +132,12 @@ def path_of(module):
 def leaf(module, name, init, shape):
     """A method's own leaf (float32) at `module`: made by init(key, shape, dtype) if not there."""
     make = lambda: init(module.make_rng("peft"), shape, jnp.float32)  # noqa: E731
-    return module.variable("peft", name, make).value
+    try:
+        return module.variable("peft", name, make).value
+    except NameInUseError:
+        raise Mistake(
+            f"peft.methods: two of them add {name} to {path_of(module)}; give up one of the two"
+        ) from None
 
 
 def constant(module, name, make):
