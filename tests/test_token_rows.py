@@ -28,7 +28,7 @@ def test_start_is_the_rows_in_their_order(base):
     table = params["embeddings"]["word"]["embedding"]
     for dtype in (jnp.float32, jnp.bfloat16):
         low = {"params": jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)}
-        added = peft.attach(methods, model).add(jax.random.key(0), low)
+        added = jax.jit(peft.attach(methods, model).add)(jax.random.key(0), low)
         assert tree.describe(added["peft"]) == [("embeddings/word/token_rows", (4, 24), "float32")]
         rows = added["peft"]["embeddings"]["word"]["token_rows"]
         np.testing.assert_array_equal(rows, table[np.array(TOKENS)].astype(dtype))
