@@ -106,7 +106,7 @@ def test_one_factor_loses_a_share_of_its_blocks():
 
 REFUSED = [
     ("oft", {}, "block_size is 32, which does not part the 24 inputs of layers/attention/query"),
-    ("oft", {"block_size": 7}, "into equal blocks of 2 or more; the nearest that does is 6"),
+    ("oft", {"block_size": 7}, "into equal blocks of 2 or more; the nearest that does is 8"),
     ("oft", {"blocks": 24}, "blocks is 24, .* the nearest that does is 12"),
     ("oft", {"blocks": 4, "block_size": 6}, "give one of the two"),
     ("oft", {"blocks": 0}, "blocks is 0; it must be 1 or more"),
@@ -114,7 +114,7 @@ REFUSED = [
     ("oft", {"block_size": 8, "coft": True, "eps": 0.0}, "eps is 0.0"),
     ("oft", {"block_size": 8, "bias": "boft_only"}, "did you mean 'oft_only'"),
     ("oft", {"block_size": 8, "targets": ("LayerNorm",)}, "matches no module"),
-    ("boft", {"block_size": 3, "factors": 2}, "by 2 factors; the nearest that does is 2"),
+    ("boft", {"block_size": 3, "factors": 2}, "by 2 factors; the nearest that does is 4"),
     ("boft", {"block_size": 4, "factors": 3}, "by 3 factors; the nearest that does is 6"),
     ("boft", {"factors": 0}, "factors is 0"),
     ("boft", {"dropout": 1.0}, "dropout is 1.0"),
