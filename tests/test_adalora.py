@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import tiny_images
+import tiny_nets
 from safetensors.numpy import load_file
 
 import bmft
@@ -346,3 +348,11 @@ def test_what_is_refused(fitted, changes, says):
     with pytest.raises(Mistake) as refused:
         adalora.make(fitted.model, **GROUP | changes)
     assert says in str(refused.value)
+
+
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    folder = tiny_images.directory(
+        tmp_path, "resnext", depths=[1], hidden_sizes=[12], inner_sizes=[6]
+    )
+    with pytest.raises(Mistake, match=r"conv2 is a convolution in groups.*lora takes it"):
+        tiny_nets.Fitted(folder, {"adalora": {"targets": ("conv2",)}})
