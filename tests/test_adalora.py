@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import tiny_images
+import tiny_nets
 from safetensors.numpy import load_file
 
 import bmft
@@ -346,3 +348,32 @@ def test_what_is_refused(fitted, changes, says):
     with pytest.raises(Mistake) as refused:
         adalora.make(fitted.model, **GROUP | changes)
     assert says in str(refused.value)
+
+
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    folder = tiny_images.directory(
+        tmp_path, "resnext", depths=[1], hidden_sizes=[12], inner_sizes=[6]
+    )
+    with pytest.raises(Mistake, match=r"conv2 is a convolution in groups.*lora takes it"):
+        tiny_nets.Fitted(folder, {"adalora": {"targets": ("conv2",)}})
+
+
+@pytest.mark.parametrize(
+    "pattern, says",
+    [
+        ({"a.b.lora_E": [True, False]}, r"'a.b.lora_E' has no list of 3 \(init_r\)"),
+        ({"a.b.lora_E": [1, 0, 1]}, r"has no list of 3"),
+        ({"a.c.lora_E": [True, False, True]}, r"names 'a.c.lora_E'; did you mean .*a.b.lora_A"),
+        ({"a.b.lora_E": [True, True, True]}, r"keeps 3 of 'a.b.lora_E', .*lora_A is \[2, 4\]"),
+    ],
+)
+def test_a_rank_pattern_that_does_not_fit_is_refused(pattern, says):
+    shapes = {"A": (2, 4), "E": (2, 1), "B": (5, 2)}
+    tensors = {f"base_model.model.a.b.lora_{m}": np.ones(shape) for m, shape in shapes.items()}
+    fields = {"init_r": 3, "rank_pattern": {"a.b.lora_E": [True, False, True]}}
+    full = adalora._unpack(fields, tensors)
+    assert full["base_model.model.a.b.lora_B"].tolist() == [[1, 0, 1]] * 5
+    _, packed = adalora._pack(fields, full)
+    assert all(np.array_equal(packed[key], tensors[key]) for key in tensors)
+    with pytest.raises(Mistake, match=says):
+        adalora._unpack(fields | {"rank_pattern": pattern}, tensors)

@@ -84,6 +84,11 @@ CASES = [
     ),
     ("resnext", {"ia3": {"targets": ("conv2",), "feedforward": ("conv2",)}}, ("peft/**/ia3_in",)),
     (
+        "resnet",
+        {"adalora": {"init_rank": 3, "target_rank": 2, "alpha": 400.0, "targets": ALL}},
+        ("peft/**/adalora_*",),
+    ),
+    (
         "cifar",
         {"lora": {"rank": 3, "targets": ("conv2",)}, "bitfit": {}},
         ("peft/**/conv2/lora_*", "params/**/norm*/bias"),
@@ -188,7 +193,7 @@ def test_merged_is_unmerged(run, plain):
 
 def test_what_is_written_is_read(run, folders, tmp_path):
     run, net, _ = run
-    own = {"lora": "LORA", "ia3": "IA3", "norm_tuning": "LN_TUNING"}
+    own = {"lora": "LORA", "ia3": "IA3", "norm_tuning": "LN_TUNING", "adalora": "ADALORA"}
     wanted = own.get(*run.groups) if len(run.groups) == 1 else None
     if net == "resnext" and "lora" in run.groups:
         wanted = "BMFT_CONV_LORA"

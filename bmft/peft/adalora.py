@@ -9,8 +9,8 @@ counts for nothing. The budget of triplets falls with the third power of the ste
 a module to target_rank on average. What a triplet is worth is its E's importance and the means of
 A's and B's: |value x gradient|, smoothed, times its smoothed deviation. Every delta_t steps the
 least are set to zero, of all modules together; from the step where the budget meets its target,
-the same ones after each step. A penalty keeps A and B near orthogonal: the Frobenius norm of A'A - 1
-and BB' - 1 (the paper: its square).
+the same ones after each step. A penalty keeps A and B near orthogonal: the Frobenius norm of
+A'A - 1 and BB' - 1 (the paper: its square).
 
 A step's number t counts the steps done, so that the last is the run's length and the budget is met
 at the end even with tfinal 0 (PEFT leaves the numbers to its caller). Of equals, just as many fall

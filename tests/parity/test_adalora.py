@@ -198,7 +198,7 @@ def test_pefts_that_lost_triplets_read_by_us(base, fallen, tmp_path, kind):
         name = "bert.encoder.layer.1.attention.self.query.lora_E"
         pattern = theirs.peft_config["default"].rank_pattern
         pattern[next(key for key in pattern if key.startswith(name))] = [False] * 5
-        theirs.base_model.rankallocator.mask_using_rank_pattern(theirs.base_model, pattern)
+        theirs.base_model.rankallocator.mask_using_rank_pattern(theirs.base_model.model, pattern)
     want = hugging.logits(theirs, batch)
     assert np.abs(want - hugging.logits(ways.base_of(folder), batch)).max() > 0.1
     theirs.save_pretrained(tmp_path / "theirs")

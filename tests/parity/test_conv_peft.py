@@ -139,6 +139,11 @@ OURS = [
     ("resnext", {"ia3": {"targets": ("conv2",), "feedforward": ("conv2",)}}),
     ("vgg_bn", {"ia3": {"targets": ("all-conv", "fc1"), "feedforward": ("fc1", "units.1.conv")}}),
     ("cifar", {"ia3": {"targets": ("stem.conv", "conv2"), "feedforward": ("stem.conv",)}}),
+    (
+        "resnet",
+        {"adalora": {"init_rank": 3, "target_rank": 2, "alpha": 40.0, "targets": ("all-conv",)}},
+    ),
+    ("vgg_bn", {"adalora": {"target_rank": 2, "targets": ("units.1.conv", "fc1"), "alpha": 90.0}}),
     ("resnet", {"norm_tuning": {}}),
     ("resnet", {"norm_tuning": {"targets": ("layer.1.normalization",)}}),
     ("vgg_bn", {"norm_tuning": {}}),
@@ -249,6 +254,11 @@ PEFTS = [
             "feedforward_modules": r".*conv2",
             "modules_to_save": ["fc", "bn1"],
         },
+    ),
+    (
+        "resnet",
+        hf.AdaLoraConfig,
+        {"init_r": 3, "lora_alpha": 90, "total_step": 9, "target_modules": CONV, **HEAD},
     ),
     ("resnet", hf.LNTuningConfig, {"target_modules": ["normalization"], **HEAD}),
     (
