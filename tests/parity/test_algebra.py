@@ -14,9 +14,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from trained import Trained
 
-from bmft import models, peft
+from bmft import models, peft, tree
 from bmft.models import weights
-from bmft.peft import combining, files, several, updates
+from bmft.peft import combining, converting, files, several, updates
 
 LENGTHS = (13, 3, 8, 10)
 LORA = {"rank": 3, "alpha": 7.0, "targets": ("query", "mlp.down")}
@@ -172,3 +172,20 @@ def test_switching(base, folders, names):
         np.testing.assert_allclose(seen[-1], hugging.logits(theirs, padded), atol=1e-5)
     assert apply._cache_size() == 1
     assert np.abs(seen[0] - seen[1]).max() > 0.05
+
+
+def test_a_tuned_model_as_lora_read_by_peft(base, tmp_path):
+    """Kernels as LoRA of full rank; biases, norms and embeddings as they are: the same logits."""
+    folder, model, variables = base
+    tuned = Trained(model, variables["params"], {"full": {}}, size=0.05).variables["params"]
+    before, after = (
+        {path: np.asarray(leaf, np.float32) for path, leaf in tree.flatten(params).items()}
+        for params in (variables["params"], tuned)
+    )
+    made = converting.to_lora(before, after, model, 24).adapter
+    updates.write(tmp_path / "lora", made, model, base="tiny", fingerprint="f" * 64)
+    theirs = in_peft(folder, {"default": tmp_path / "lora"})
+    chosen = examples.tokens(LENGTHS, 53, model.config.types)
+    padded, packed = examples.padded(chosen, model.config.pad_id), examples.packed(chosen)
+    want = jax.jit(peft.attach((), model).apply)({"params": tuned}, packed)[0]
+    np.testing.assert_allclose(hugging.logits(theirs, padded), want, atol=2e-5)
