@@ -21,7 +21,6 @@ from bmft.peft import combining, converting, files, several, updates
 LENGTHS = (13, 3, 8, 10)
 LORA = {"rank": 3, "alpha": 7.0, "targets": ("query", "mlp.down")}
 OTHER = {"rank": 3, "alpha": 4.0, "targets": ("query", "mlp.up"), "rslora": True}
-SAVED = ("layers.1.attention.output",)
 WEIGHTS = (0.7, -0.4)
 HOWS = [
     {"how": "linear"},
@@ -55,9 +54,7 @@ def folders(base, tmp_path_factory):
         {
             "a": {"lora": LORA},
             "b": {"lora": OTHER},
-            "saved": {
-                "lora": LORA | {"rank": 2, "modules_to_save": ("layers.1.attention.output",)}
-            },
+            "low": {"lora": LORA | {"rank": 2, "modules_to_save": ("layers.1.attention.output",)}},
             "factors": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
             "others": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
         }.items()
@@ -132,17 +129,17 @@ def test_combinations(base, folders, tmp_path, options):
 
 
 def test_a_mixed_batch(base, folders):
-    """PEFT's adapter_names: each example's LoRA, dense layer and head; packed, and one a row.
+    """PEFT's adapter_names: each example's LoRA, of ranks unlike, and head; packed, and one a row.
 
-    PEFT has neither IA3 there, nor a BertPooler trained whole, nor LoRA on what another trains so.
+    PEFT has no IA3 there, and fails where one adapter trains a module whole and another does not.
     """
     _, model, variables = base
-    names = ["a", "saved", "b"]
+    names = ["a", "low", "b"]
     theirs = in_peft(base[0], {name: folders[name] for name in names})
     chosen = examples.tokens(LENGTHS, 53, model.config.types)
     batch = {k: torch.tensor(v) for k, v in examples.padded(chosen, model.config.pad_id).items()}
     with torch.no_grad():
-        each = ["saved", "__base__", "b", "a"]
+        each = ["low", "__base__", "b", "a"]
         want = theirs(**batch, adapter_names=each).logits.numpy()
     adapters = {name: files.read(folders[name], model) for name in names}
     found = several.attach(adapters, model, variables)
