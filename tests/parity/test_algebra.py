@@ -54,7 +54,7 @@ def folders(base, tmp_path_factory):
         {
             "a": {"lora": LORA},
             "b": {"lora": OTHER},
-            "low": {"lora": LORA | {"rank": 2, "modules_to_save": ("layers.1.attention.output",)}},
+            "low": {"lora": LORA | {"rank": 2}},
             "factors": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
             "others": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
         }.items()
