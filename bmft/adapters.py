@@ -95,7 +95,7 @@ def _undo(options, model):
         _labels_of(model.folder) or _numbered(model.config.outputs),
         options.base,
     )
-    print(f"{options.output}: merged again, leaves differ by {found.error:.1e} or less, relative")
+    print(f"{options.output}: merged again, leaves differ by {found.error:.1e} at most, relative")
     if found.replaced:
         listed = ", ".join(sorted({path.rpartition("/")[0] for path in found.replaced}))
         print(f"still the adapter's, which holds them whole: {listed}")

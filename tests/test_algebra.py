@@ -203,6 +203,11 @@ REFUSED = [
     ({"b": {"ia3": {}}}, "b is no plain LoRA but ia3: `convert` makes one of it"),
     ({"b": {"lora": LORA, "bitfit": {}}}, "b is no plain LoRA but lora \\+ bitfit"),
     ({"b": {"lora": LORA | LEARNT}}, "b trains params/.* whole, and a does not"),
+    ({"heads": "first", "a": SOME, "how": "cat"}, "attention/query is a target of another"),
+    (
+        {"heads": "first", "a": LORA | {"targets": ("query",), "modules_to_save": ("mlp.down",)}},
+        "a trains layers/mlp/down whole, and another has LoRA there",
+    ),
     ({"labels": tuple("vwxyz")}, "a and b have different labels, very bad/.* and v/w/x/y/z; heads"),
 ]
 
@@ -212,7 +217,7 @@ def test_combinations_that_are_refused(base, adapter, case):
     arguments, message = REFUSED[case]
     arguments = dict(arguments)
     told = {"labels": arguments.pop("labels")} if "labels" in arguments else {}
-    two = {"a": adapter({"lora": LORA})}
+    two = {"a": adapter({"lora": arguments.pop("a", LORA)})}
     two["b"] = adapter(arguments.pop("b", {"lora": LORA}), **told)
     shares = arguments.pop("weights", [1, 1])
     with pytest.raises(Mistake, match=message):

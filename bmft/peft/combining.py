@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bmft.errors import Mistake, nearest
-from bmft.peft import updates
+from bmft.peft import matching, updates
 from bmft.peft.updates import Factors
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -84,7 +84,8 @@ def combine(
             found = _of_factors(mine, shares, merge)
         factors[place], errors[place] = found, updates.error(found, exact)
     whole, rows, labels = _trained_whole(adapters, weights, heads)
-    first = next(iter(adapters.values())).groups["lora"]
+    name, first = next((name, one.groups["lora"]) for name, one in adapters.items())
+    _check_together(name, first, factors, whole, rows, model.names)
     group = {key: first[key] for key in ("bias", "modules_to_save") if key in first}
     group["grouped"] = all(a.groups["lora"].get("grouped", True) for a in adapters.values())
     made = updates.adapter(factors, model, whole, labels=labels, rows=rows, **group)
@@ -214,6 +215,24 @@ def _check(adapters, weights, how, rank, density, sign, heads):
         raise Mistake(f"{how} keeps a share of the numbers: density must be in (0, 1]")
     if density is not None and not pruned:
         raise Mistake(f"density: {how} drops nothing; {', '.join(PRUNING)} do")
+
+
+def _check_together(name, group, factors, whole, rows, table):
+    """What is trained whole, of adapter `name`, stands beside the updates of all of them."""
+    biased = {leaf.path for leaf in table.leaves} if group.get("bias") == "lora_only" else ()
+
+    def holds(path, layer):
+        mask = rows.get(f"params/{path}")
+        return f"params/{path}" in whole and (mask is None or mask[matching.at(layer)])
+
+    for path, layer in factors:
+        if holds(f"{path}/kernel", layer):
+            raise Mistake(f"{name} trains {path} whole, and another has LoRA there")
+        if f"{path}/bias" in biased and not holds(f"{path}/bias", layer):
+            raise Mistake(
+                f"{name} trains the biases of its targets (bias=lora_only), and {path} is a target "
+                "of another: its bias is in no adapter"
+            )
 
 
 def _check_shapes(place, parts, how):

@@ -14,14 +14,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from trained import Trained
 
-from bmft import models, peft
+from bmft import models, peft, tree
 from bmft.models import weights
-from bmft.peft import combining, files, several, updates
+from bmft.peft import combining, converting, files, several, updates
 
 LENGTHS = (13, 3, 8, 10)
 LORA = {"rank": 3, "alpha": 7.0, "targets": ("query", "mlp.down")}
 OTHER = {"rank": 3, "alpha": 4.0, "targets": ("query", "mlp.up"), "rslora": True}
-SAVED = ("layers.1.attention.output",)
 WEIGHTS = (0.7, -0.4)
 HOWS = [
     {"how": "linear"},
@@ -55,9 +54,7 @@ def folders(base, tmp_path_factory):
         {
             "a": {"lora": LORA},
             "b": {"lora": OTHER},
-            "saved": {
-                "lora": LORA | {"rank": 2, "modules_to_save": ("layers.1.attention.output",)}
-            },
+            "low": {"lora": LORA | {"rank": 2}},
             "factors": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
             "others": {"ia3": {"targets": ("key", "mlp.down"), "feedforward": ("mlp.down",)}},
         }.items()
@@ -132,17 +129,17 @@ def test_combinations(base, folders, tmp_path, options):
 
 
 def test_a_mixed_batch(base, folders):
-    """PEFT's adapter_names: each example's LoRA, dense layer and head; packed, and one a row.
+    """PEFT's adapter_names: each example's LoRA, of ranks unlike, and head; packed, and one a row.
 
-    PEFT has neither IA3 there, nor a BertPooler trained whole, nor LoRA on what another trains so.
+    PEFT has no IA3 there, and fails where one adapter trains a module whole and another does not.
     """
     _, model, variables = base
-    names = ["a", "saved", "b"]
+    names = ["a", "low", "b"]
     theirs = in_peft(base[0], {name: folders[name] for name in names})
     chosen = examples.tokens(LENGTHS, 53, model.config.types)
     batch = {k: torch.tensor(v) for k, v in examples.padded(chosen, model.config.pad_id).items()}
     with torch.no_grad():
-        each = ["saved", "__base__", "b", "a"]
+        each = ["low", "__base__", "b", "a"]
         want = theirs(**batch, adapter_names=each).logits.numpy()
     adapters = {name: files.read(folders[name], model) for name in names}
     found = several.attach(adapters, model, variables)
@@ -172,3 +169,20 @@ def test_switching(base, folders, names):
         np.testing.assert_allclose(seen[-1], hugging.logits(theirs, padded), atol=1e-5)
     assert apply._cache_size() == 1
     assert np.abs(seen[0] - seen[1]).max() > 0.05
+
+
+def test_a_tuned_model_as_lora_read_by_peft(base, tmp_path):
+    """Kernels as LoRA of full rank; biases, norms and embeddings as they are: the same logits."""
+    folder, model, variables = base
+    tuned = Trained(model, variables["params"], {"full": {}}, size=0.05).variables["params"]
+    before, after = (
+        {path: np.asarray(leaf, np.float32) for path, leaf in tree.flatten(params).items()}
+        for params in (variables["params"], tuned)
+    )
+    made = converting.to_lora(before, after, model, 24).adapter
+    updates.write(tmp_path / "lora", made, model, base="tiny", fingerprint="f" * 64)
+    theirs = in_peft(folder, {"default": tmp_path / "lora"})
+    chosen = examples.tokens(LENGTHS, 53, model.config.types)
+    padded, packed = examples.padded(chosen, model.config.pad_id), examples.packed(chosen)
+    want = jax.jit(peft.attach((), model).apply)({"params": tuned}, packed)[0]
+    np.testing.assert_allclose(hugging.logits(theirs, padded), want, atol=2e-5)
