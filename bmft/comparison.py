@@ -20,7 +20,7 @@ from bmft.run import cannot_write, finite, write_whole
 FIELDS = {
     "method": "name of the entry",
     "seed": "of the run",
-    "metrics": "{split: {name: value}}, of the last step",
+    "metrics": "{split: {name: value}}, of the state that a run exports",
     "value": "the one that is compared",
     "learning_rate": "the peak",
     "moving_parameters": "numbers that move, the task's head included",
@@ -181,6 +181,8 @@ def _draw(picture, summaries, metric, title):
         fmt="o", markersize=5, elinewidth=1, ecolor="0.75", zorder=3,
     )  # fmt: skip
     axes.margins(x=0.12, y=0.08)
+    if len({one.moving for one in shown}) == 1:  # a scale of one number has no width
+        axes.set_xlim(shown[0].moving / 2, shown[0].moving * 2)
     points = [(one.moving, one.mean) for one in shown]
     _label(figure, axes, [one.method for one in shown], points)
     unfinished = picture.with_name("." + picture.name)
@@ -200,6 +202,7 @@ def _label(figure, axes, labels, points):
     line leads to those that had to go far."""
     if not points:
         return
+    figure.draw_without_rendering()  # before, the axes have no limits
     renderer = figure.canvas.get_renderer()
     pixels = axes.transData.transform(points)
     frame = axes.get_window_extent(renderer).extents
@@ -214,7 +217,7 @@ def _label(figure, axes, labels, points):
         chosen = next(free, places[0])
         taken.append(chosen)
         across, up = (chosen[0] + chosen[2]) / 2 - x, (chosen[1] + chosen[3]) / 2 - y
-        far = max(abs(across) - box.width / 2, abs(up) - box.height / 2) > DISTANCES[1]
+        far = max(abs(across) - box.width / 2, abs(up) - box.height / 2) > DISTANCES[0]
         axes.annotate(
             label, point, (across * to_points, up * to_points), textcoords="offset points",
             ha="center", va="center", fontsize=8,

@@ -105,9 +105,6 @@ class Common(NamedTuple):
             )
         return kept[job.seed]
 
-    def batches(self, config):
-        return prepare.batches(config, self.model, self.task, self.tables, self.mesh)
-
 
 # --- the command line ------------------------------------------------------------------------
 
@@ -164,11 +161,9 @@ def compute_all(jobs, common, report):
     batches, programs, failed, started = {}, {}, [], time.monotonic()
     for done, job in enumerate(jobs):
         print(f"\n{job.name}, seed {job.seed} ({done + 1} of {len(jobs)})", flush=True)
-        if job.seed not in batches:
-            batches = {job.seed: common.batches(job.config)}
+        own = common.batches(job, batches)
         try:
-            found = compute(job, common, shared, common.batches(job, batches), programs)
-            report.add(job, found)
+            report.add(job, compute(job, common, shared, own, programs))
         except Mistake as mistake:  # of one method: the others go on
             warn(f"{job.name}, seed {job.seed}: {mistake}")
             failed.append(f"{job.name}-{job.seed}")
