@@ -62,7 +62,7 @@ def make(
         a, b, scale = low_rank.factors(module, plan, args[0], out)
         kernel = module.get_variable("params", "kernel")
         norm = jax.lax.stop_gradient(_norm(kernel, a, b, scale))
-        m = peft.leaf(module, "lora_magnitude", lambda *_: norm, norm.shape)
+        m = peft.leaf(module, "lora_magnitude", lambda *_: _length(kernel), norm.shape)
         # Where a layer is no target, its scale is zero, and m says nothing.
         factor = jnp.where(scale[0] > 0, m / norm, 1)
         x = low_rank.read(module, args[0], plan.dropout)
@@ -131,9 +131,16 @@ _stretched.defvjp(_stretched_forward, _stretched_backward)
 def _norm(kernel, a, b, scale):
     """|W + A scale B| [out] of W [in, out], without that sum."""
     kernel, a = kernel.astype(jnp.float32), a * scale
-    square = (kernel * kernel).sum(0)
-    square += (b * (2 * a.T @ kernel + (a.T @ a) @ b)).sum(0)
-    return jnp.sqrt(_above_zero(square))
+    b_or = b.T
+    mixed_or = 2 * (kernel.T @ a) + b_or @ (a.T @ a)
+    return jnp.sqrt(_above_zero((kernel * kernel).sum(0) + (b_or * mixed_or).sum(1)))
+
+
+def _length(weight):
+    """|W| [..., out], which is _norm where B is zero. Not by _norm itself: XLA's CPU compiler (of
+    jax 0.10.2) gives NaN for a small product with what it knows to be zeros."""
+    weight = weight.astype(jnp.float32)
+    return jnp.sqrt(_above_zero((weight * weight).sum(-2)))
 
 
 def _above_zero(square):
@@ -145,8 +152,7 @@ def _changed(path, weight, leaves):
     """(m / n) (W + A scale B), of layers that are targets."""
     scale = leaves["lora_scale"]
     sum_io = weight + low_rank.change(leaves["lora_a"], leaves["lora_b"], scale)
-    norm = jnp.sqrt(_above_zero((sum_io * sum_io).sum(-2, keepdims=True)))
-    factor = leaves["lora_magnitude"][..., None, :] / norm
+    factor = (leaves["lora_magnitude"] / _length(sum_io))[..., None, :]
     return jnp.where(scale[..., :1, None] > 0, factor * sum_io, weight)
 
 
