@@ -37,7 +37,9 @@ def encode(method, model, moving, frozen, implied):
     for key, (leaf, layer) in slots.items():
         array = np.asarray(moved[leaf.path] if leaf.path in moved else still[leaf.path])
         tensors[key] = to_file(_layout(leaf), array if layer is None else array[layer])
-    tensors |= _encode_added(method, names, tree.join(moving, frozen))
+    # Of these alone: statistics may be in both.
+    parts = ({n: each[n] for n in peft.ADDED if n in each} for each in (moving, frozen))
+    tensors |= _encode_added(method, names, tree.join(*parts))
     where = {}
     if own.sites:
         where = matching.spell_targets(
