@@ -95,7 +95,9 @@ def make(
         update = lycoris.dropped(module, update, rank_dropout, module_dropout, rank_dropout_scale)
         return out + update.astype(out.dtype)
 
-    return lycoris.method("lokr", placed, LEAVES, hook, _merge, *_codec(placed))
+    # The update is zero to the bit, but XLA fuses what gives x otherwise where x is also reshaped:
+    # 4e-7 was seen.
+    return lycoris.method("lokr", placed, LEAVES, hook, _merge, *_codec(placed), identity=2e-6)
 
 
 def factorize(size, factor=-1):

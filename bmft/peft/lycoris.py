@@ -77,7 +77,7 @@ def place(
     return Placed(sites, ranks, scales, saved, modules_to_save, settings)
 
 
-def method(name, placed, leaves, hook, merge, encode, decode):
+def method(name, placed, leaves, hook, merge, encode, decode, identity=0.0):
     """The `Method`; leaves: the names of those it adds. Its constants, of each module:
 
     peft_const/<module>/<name>_scale [l]        peft_const/<module>/<name>_rank [l]
@@ -102,7 +102,9 @@ def method(name, placed, leaves, hook, merge, encode, decode):
         for path in placed.sites
     }
     files = Files(placed.settings, placed.sites, placed.modules_to_save, encode, decode)
-    return peft.Method(name, moves, hook, constants, rows=rows, merge=merge, files=files)
+    return peft.Method(
+        name, moves, hook, constants, rows=rows, merge=merge, identity=identity, files=files
+    )
 
 
 def uniform(fan_in):

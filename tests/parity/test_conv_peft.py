@@ -147,6 +147,11 @@ OURS = [
     ("resnet", {"norm_tuning": {}}),
     ("resnet", {"norm_tuning": {"targets": ("layer.1.normalization",)}}),
     ("vgg_bn", {"norm_tuning": {}}),
+    ("resnext", {"loha": {"rank": 3, "alpha": 7.0, "targets": ("all-conv",)}}),
+    (
+        "vgg_bn",
+        {"loha": {"rank": 2, "targets": ("all-conv", "fc1"), "rank_pattern": ("fc1=3",)}},
+    ),
 ]
 
 
@@ -268,6 +273,12 @@ PEFTS = [
             "target_modules": ["layer.2.normalization"],
             "modules_to_save": ["classifier", "0.normalization"],
         },
+    ),
+    ("resnet", hf.LoHaConfig, {"r": 3, "alpha": 7, "target_modules": CONV, **HEAD}),
+    (
+        "resnext",
+        hf.LoHaConfig,
+        {"r": 2, "alpha": 7, "target_modules": ["conv1", "conv2"], "modules_to_save": ["fc"]},
     ),
 ]
 
