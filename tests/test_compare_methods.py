@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from bmft import comparison, loop, models, prepare, sharding, tree
+from bmft import comparison, loop, models, peft, prepare, sharding, tree
 from bmft.config import read
 from bmft.errors import Mistake, command
-from experiments import compare_methods
+from configs.compare_methods import METHODS
+from experiments import compare_methods, glue_lora
 
 CONFIG = """
 from configs import base
@@ -54,10 +55,8 @@ def arguments(tmp_path_factory):
     tiny.directory(folder / "model", hidden_dropout_prob=0.1)
     tiny.tokenizer(folder / "model")
     (folder / "few.py").write_text(CONFIG)
-    return [
-        *(f"--config={folder / 'few.py'}", f"--config.model.name={folder / 'model'}"),
-        *tiny.data(folder / "data"),
-    ]
+    data = [one for one in tiny.data(folder / "data") if "data.validation" not in one]
+    return [f"--config={folder / 'few.py'}", f"--config.model.name={folder / 'model'}", *data]
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +104,18 @@ def test_what_moves_is_counted(finished):
     assert found["all"] > found["rank_3"]
     assert float(table(finished)["all"]["share"]) == 1.0
     sizes = {name: int(row["checkpoint_bytes"]) for name, row in table(finished).items()}
-    assert 4 * 3 * found["all"] * 0.8 < sizes["all"] < 4 * 3 * found["all"] * 1.5  # and compressed
+    assert sizes["all"] > 12 * found["all"] > sizes["rank_3"] > 12 * found["rank_3"]  # and headers
     assert not list(finished.glob("runs/*/checkpoints"))
 
 
 def test_a_run_is_that_of_the_experiment_itself(arguments, finished, tmp_path):
     """The shared base, and the programs of another seed, change nothing."""
-    from experiments import glue_lora
-
     file, *others = arguments
     argv = [f"{file}:all", *others, "--config.seed=1", "--config.eval.every=100"]
     argv += ["--config.export.adapter=False", "--config.log.tensorboard=False"]
     assert command(glue_lora.main, [*argv, f"--workdir={tmp_path}/run"]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     row = lines(finished)["all", 1]
-    assert report["metrics"]["validation"] == row["metrics"]["validation"]
     assert report["metrics"]["train"] == row["metrics"]["train"]
 
 
@@ -257,23 +253,31 @@ def test_summaries():
 def test_no_label_of_the_picture_lies_on_another():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     points = [(10.0 ** (3 + i % 3 / 9), 0.7 + i % 4 / 300) for i in range(24)]
     figure = Figure(figsize=(11, 7), dpi=120)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xscale="log")
+    axes = figure.add_subplot(xscale="log", xlim=(1e2, 1e7), ylim=(0.5, 0.8))  # a crowd
     axes.plot(*zip(*points, strict=True), "o")
     comparison._label(figure, axes, [f"method_{i}" for i in range(24)], points)
-    boxes = [text.get_window_extent(canvas.get_renderer()).extents for text in axes.texts]
+    figure.draw_without_rendering()
+    renderer = canvas.get_renderer()  # of the text alone, without the line that leads to it
+    boxes = [Text.get_window_extent(text, renderer).extents for text in axes.texts]
     assert len(boxes) == 24
     for i, box in enumerate(boxes):
         assert not any(comparison._meet(box, other) for other in boxes[:i])
 
 
-ENTRIES = read([], "configs/compare_methods.py", compare_methods.groups).config.compare.methods
+def entries():
+    """Those of the default config; of a method that is not there, skipped and said so."""
+    for name, (methods, _, _) in METHODS.items():
+        missing = sorted(set(methods) - set(peft.names()))
+        skip = pytest.mark.skipif(bool(missing), reason=f"no method {', '.join(missing)}")
+        yield pytest.param(name, marks=skip)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", list(entries()))
 def test_every_entry_of_the_config_can_be_made(name, tmp_path):
     found = read([f"--config=configs/compare_methods.py:{name}"], None, prepare.groups).config
     config = {"vocab_size": 3000, "hidden_size": 32, "max_position_embeddings": 64}
