@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections.config_dict import FrozenConfigDict
 
-from bmft import comparison, errors, evaluate, loop, models, prepare, sharding, train, tree
+from bmft import comparison, errors, evaluate, loop, models, peft, prepare, sharding, train, tree
 from bmft.config import read
 from bmft.data import sources
 from bmft.errors import Mistake
@@ -97,13 +97,15 @@ class Common(NamedTuple):
     fingerprint: str
 
     def batches(self, job, kept):
-        """{split: Batches} of a job's seed, kept for the methods that follow."""
-        if job.seed not in kept:
-            kept.clear()
-            kept[job.seed] = prepare.batches(
-                job.config, self.model, self.task, self.tables, self.mesh
+        """{split: Batches} of a job's seed and virtual tokens, kept for the methods that follow."""
+        key = job.seed, peft.virtual_ids(job.methods, self.model)
+        if key not in kept:
+            for old in [old for old in kept if old[0] != job.seed]:
+                del kept[old]
+            kept[key] = prepare.batches(
+                job.config, self.model, job.methods, self.task, self.tables, self.mesh
             )
-        return kept[job.seed]
+        return kept[key]
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -183,9 +185,7 @@ def compute(job, common, shared, batches, programs):
     steps = total_steps(config, batches["train"].steps_per_epoch)
     fit = prepare.fit(config, common.model, job.methods, common.mesh, steps, shared=shared)
     if job.name not in programs:
-        step = train.make_step(
-            fit.apply, task.loss, fit.tx, accumulate=config.train.accumulate, rate=fit.rate
-        )
+        step = prepare.make_step(config, fit, task.loss)
         outputs_of = evaluate.make_outputs(fit.apply, task.outputs)
         programs[job.name] = Programs(Measured(step), outputs_of)
     step, outputs_of = programs[job.name]

@@ -14,7 +14,6 @@ zero past a layer's own rank, and in layers that are no target, so that it all s
 How it stands in PEFT's files: bmft/peft/low_rank_files.py.
 """
 
-import re
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 
 from bmft import layers, names, peft, tree
 from bmft.errors import Mistake, nearest
-from bmft.peft import convolution, matching
+from bmft.peft import convolution, matching, patterns
 
 BIASES = ("none", "all", "lora_only")
 KINDS = ("dense", "conv", "embed")
@@ -110,8 +109,8 @@ def plan(
     """
     _check(method, rank, alpha, dropout, bias)
     table = model.names
-    ranks_by = _pattern(method, "rank", rank_pattern, int)
-    alphas_by = _pattern(method, "alpha", alpha_pattern, float)
+    ranks_by = patterns.read(f"peft.{method}.rank_pattern", rank_pattern, int)
+    alphas_by = patterns.read(f"peft.{method}.alpha_pattern", alpha_pattern, float)
     saved = names.saved(table, modules_to_save)
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
     about = {"head": model.heads, "layers": layers_to_transform, "without": whole}
@@ -124,8 +123,9 @@ def plan(
                 f"peft.{method}.targets: {others[0]} is a module of another kind: {method} is for "
                 f"{only}; lora is for convolutions and embeddings, too"
             )
-    ranks = _values(table, sites, f"{method}.rank", ranks_by, rank)
-    alphas = _values(table, sites, f"{method}.alpha", alphas_by, float(alpha))
+    ranks = patterns.values(f"peft.{method}.rank_pattern", table, sites, ranks_by, rank)
+    named = f"peft.{method}.alpha_pattern"
+    alphas = patterns.values(named, table, sites, alphas_by, float(alpha))
     scales = {path: alphas[path] / np.maximum(root(r, rslora), 1) for path, r in ranks.items()}
     spelled = {
         f"{key}_pattern": matching.spell_pattern(table, sites, by, values, default, key)
@@ -229,40 +229,6 @@ def _check(method, rank, alpha, dropout, bias):
         raise Mistake(f"peft.{method}.dropout is {dropout}; it must be in [0, 1)")
     if bias not in BIASES:
         raise Mistake(f"peft.{method}.bias: no {bias!r}; {nearest(bias, BIASES)}")
-
-
-def _pattern(method, key, entries, kind):
-    """{pattern: value} of `pattern=value` entries."""
-    found = {}
-    for entry in entries:
-        pattern, equals, value = entry.rpartition("=")
-        try:
-            found[pattern] = kind(value)
-            re.compile(pattern)
-        except (ValueError, re.error):
-            equals = ""
-        if not equals or not pattern or found[pattern] <= 0:
-            form = "'layer.0.attention.self.query=4'"
-            raise Mistake(f"peft.{method}.{key}_pattern: {entry!r} is not of the form {form}")
-    return found
-
-
-def _values(table, sites, key, patterns, default):
-    """{module path: [l] or []}: what the patterns say of each module of `sites`; 0 elsewhere."""
-    values = {path: np.where(mask, default, 0) for path, mask in sites.items()}
-    used = set()
-    for path, mask in sites.items():
-        for layer in matching.layers(mask):
-            called = table.called(path, layer)
-            values[path][matching.at(layer)] = names.pattern_value(patterns, called, default)
-            used |= {
-                pattern for pattern in patterns if names.pattern_value({pattern: 1}, called, 0)
-            }
-    for pattern in patterns:
-        if pattern not in used:
-            near = nearest(pattern, sites)
-            raise Mistake(f"peft.{key}_pattern: {pattern!r} matches no target; {near}")
-    return values
 
 
 def _padded(ranks, scales):

@@ -11,7 +11,7 @@ import numpy as np
 
 from bmft import names
 from bmft.errors import Mistake
-from bmft.peft import low_rank, matching
+from bmft.peft import low_rank, matching, patterns
 
 # Fields of PEFT's configuration: {field: (types, PEFT's default)}.
 FIELDS = {
@@ -77,13 +77,6 @@ def arguments(fields, table):
         raise Mistake(f"init_lora_weights is {how!r}, which changes the base; peft can convert it")
     sites = matching.targets(table, fields, low_rank.KINDS)
 
-    def by_name(field, default):
-        values = matching.pattern_values(table, sites, fields[field], default, field)
-        others = {path: mask & (values[path] != default) for path, mask in sites.items()}
-        found = [v for path, mask in others.items() for v in values[path][mask]]
-        called = matching.exact_names(table, others)
-        return tuple(f"{name}={value}" for name, value in zip(called, found, strict=True))
-
     heads = matching.head_modules(table)
     saved = matching.saved(table, fields["modules_to_save"])
     return {
@@ -93,8 +86,12 @@ def arguments(fields, table):
         "rslora": fields["use_rslora"],
         "bias": fields["bias"],
         "targets": matching.exact_names(table, sites),
-        "rank_pattern": by_name("rank_pattern", fields["r"]),
-        "alpha_pattern": by_name("alpha_pattern", fields["lora_alpha"]),
+        "rank_pattern": patterns.entries(
+            table, sites, fields["rank_pattern"], fields["r"], "rank_pattern"
+        ),
+        "alpha_pattern": patterns.entries(
+            table, sites, fields["alpha_pattern"], fields["lora_alpha"], "alpha_pattern"
+        ),
         "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
