@@ -57,13 +57,15 @@ SETTINGS = {
     "norm_tuning": [{}, {"targets": ("layers.1.attention_norm", "embeddings.norm")}],
     "partial_tuning": [{"last": 2}],
 }
-PEFTS = {"lora": "LORA", "ia3": "IA3", "norm_tuning": "LN_TUNING"}  # those that PEFT has, too
+# Those that PEFT has, too.
+PEFTS = {"lora": "LORA", "dora": "LORA", "ia3": "IA3", "norm_tuning": "LN_TUNING"}
+AS_LORA = ("lora_plus", "pissa")  # written as a LoRA: test_lora_family
 NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # refused on BERT: test_conv_methods, test_vit
 CASES = [
     *(
         ("bert", {name: group})
         for name in peft.names()
-        if name not in NOT_ON_TEXT
+        if name not in (*NOT_ON_TEXT, *AS_LORA)
         for group in SETTINGS.get(name, [{}])
     ),
     ("roberta", {"lora": {"bias": "all", "targets": ("all-linear",)}}),
