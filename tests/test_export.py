@@ -60,12 +60,13 @@ SETTINGS = cases.settings() | {
 }
 # Those that PEFT has, too.
 PEFTS = {name: layout.peft_type for name in peft.names() if (layout := files._layout(name))}
+AS_LORA = ("lora_plus", "pissa")  # written as a LoRA: test_lora_family
 NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # refused on BERT: test_conv_methods, test_vit
 CASES = [
     *(
         ("bert", {name: group})
         for name in peft.names()
-        if name not in NOT_ON_TEXT
+        if name not in (*NOT_ON_TEXT, *AS_LORA)
         for group in SETTINGS.get(name, [{}])
     ),
     ("roberta", {"lora": {"bias": "all", "targets": ("all-linear",)}}),

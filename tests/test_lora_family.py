@@ -14,6 +14,7 @@ from test_conv_lora import Model
 from bmft import layers, optim, peft, tree
 from bmft.errors import Mistake
 from bmft.names import Leaf, Names
+from bmft.peft import files
 
 IN, OUT, RANK, ALPHA = 6, 9, 2, 5.0
 
@@ -164,6 +165,42 @@ def test_labels_of_lora_plus(bert):
     }
     assert {path: claims[path] for path in want} == want
     assert set(claims.values()) == {slow, fast, "head"}
+
+
+PATTERNS = {
+    "rank": 3,
+    "alpha": 7.0,
+    "targets": ("query", "up", "pooler"),
+    "rank_pattern": ("layer.1.*=5",),
+    "alpha_pattern": ("pooler=2",),
+    "bias": "lora_only",
+}
+WRITTEN = [
+    ({"pissa": PATTERNS}, ("lora",)),
+    ({"pissa": {**PATTERNS, "rslora": True}}, ("lora",)),
+    ({"lora_plus": PATTERNS}, ("lora",)),
+    ({"pissa": PATTERNS, "norm_tuning": {}}, ("pissa", "norm_tuning")),
+]
+
+
+@pytest.mark.parametrize("groups, names", WRITTEN)
+def test_what_is_written_computes_the_same_when_read(bert, tmp_path, groups, names):
+    """PiSSA alone and LoRA+ as a LoRA; PiSSA with others by our own paths, its start beside it."""
+    fitted = tiny.Fitted(bert, tuple(groups), groups)
+    moving = tree.map_with_path(
+        lambda path, x: x + 0.1 * normal(len(path), *x.shape), fitted.moving
+    )
+    rows = {path: peft.moving_rows(fitted.methods, path) for path in fitted.claims}
+    assert all(mask is None for mask in rows.values())
+    told = {"base": "tiny", "fingerprint": "f" * 64}
+    about = fitted.methods, fitted.groups, fitted.model, moving, fitted.frozen
+    files.write(tmp_path, *about, **told)
+    adapter = files.read(tmp_path, fitted.model)
+    assert adapter.names == names
+    read = files.insert(adapter, fitted.loaded.variables(), fitted.loaded.fresh)
+    apply = jax.jit(peft.attach(adapter.methods, fitted.model).apply)
+    want = fitted.apply(tree.join(moving, fitted.frozen), tiny.batch())
+    np.testing.assert_allclose(apply(read, tiny.batch()), want, atol=2e-5)
 
 
 BAD = [

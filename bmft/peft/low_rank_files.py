@@ -50,9 +50,9 @@ def codec(plan):
         )
         assert theirs["rank"][path][at] == r, (path, layer)
         assert np.allclose(scale[:r], peft_scale) and not scale[r:].any(), (path, layer)
-        layout, share = layouts.get(path, "transpose"), r / ranks[path].max()
-        a, b = leaves["lora_a"][..., :r], leaves["lora_b"]
-        b = b[..., : round(b.shape[-2] * share), :]
+        a, b = leaves["lora_a"], leaves["lora_b"]
+        layout, share = layouts.get(path, "transpose"), r / a.shape[-1]
+        a, b = a[..., :r], b[..., : round(b.shape[-2] * share), :]
         tensors = (names.to_file(layout, factor) for factor in (a, b))
         return dict(zip(keys[path], tensors, strict=True))
 
