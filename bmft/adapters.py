@@ -59,13 +59,12 @@ def merge(options):
         return _undo(options, model)
     loaded, adapter = weights.load(model, jax.random.key(0)), _read(options.adapter, model)
     variables = files.insert(adapter, loaded.variables(), loaded.fresh)
-    moving, frozen = tree.split(variables, adapter.leaves.__contains__)
     _write_model(
         options.output,
         model,
         loaded.leaves,
-        lambda params, added: peft.merge(adapter.methods, params, added),
-        (moving, tree.split(frozen, lambda path: not tree.under(path, peft.BASE))[0]),
+        lambda params: peft.merge(adapter.methods, params, variables),
+        tree.split(variables, adapter.leaves.__contains__)[0],
         adapter.labels or _numbered(model.config.outputs),
         options.adapter,
     )
@@ -90,8 +89,8 @@ def _undo(options, model):
         options.output,
         model,
         lambda: tree.unflatten(found.params),
-        lambda params, added: params,
-        ({}, {}),
+        lambda params: params,
+        {},
         _labels_of(model.folder) or _numbered(model.config.outputs),
         options.base,
     )
@@ -102,14 +101,13 @@ def _undo(options, model):
     return 0
 
 
-def _write_model(folder, model, load, fold, variables, labels, beside):
+def _write_model(folder, model, load, fold, moving, labels, beside):
     _check_output(folder, model.folder, beside)
     export.merged(
         folder,
         load=load,
         merge=fold,
-        moving=variables[0],
-        frozen=variables[1],
+        moving=moving,
         names=model.names,
         settings=models.written_json(model),
         labels=labels,

@@ -424,7 +424,7 @@ def of_images(request, tmp_path_factory):
             for path, leaf in leaves.items()
             if not path.startswith("peft_const")
         }
-        found[name] = files.Adapter(methods, tuple(group), group, leaves, {}, LABELS, None)
+        found[name] = files.Adapter(methods, tuple(group), group, leaves, {}, LABELS, None, {})
     return model, variables, found, {"images": module.batch(rows=4)["images"]}
 
 

@@ -162,7 +162,7 @@ def adapter(factors, model, whole, *, labels=None, rows=None, **group):
         a = (part.a * np.float32(part.scale)).swapaxes(0, 1)
         of_a[..., : part.rank] = a.reshape(*of_a.shape[:-1], part.rank)
         of_b[..., :k, :] = part.b.swapaxes(0, 1).reshape(*of_b.shape[:-2], k, -1)
-    return files.Adapter(methods, ("lora",), {"lora": group}, leaves, rows or {}, labels, None)
+    return files.Adapter(methods, ("lora",), {"lora": group}, leaves, rows or {}, labels, None, {})
 
 
 def _pattern(table, ranks):
