@@ -326,6 +326,7 @@ REFUSED = [
     (change(peft_type="LOAR"), "peft_type 'LOAR' is not known here; did you mean 'LORA'?"),
     (change(peft_type="BMFT_LORA"), "unknown field"),
     (change(task_type="TOKEN_CLS"), "task_type 'TOKEN_CLS'"),
+    (change(use_dora=True), "self.query.lora_magnitude_vector'; 6 are missing"),
     (change(lora_bias=True), "'lora_bias' is true"),
     (change(use_qalora=True), "'use_qalora' is true"),
     (change(qalora_group_size=8), "'qalora_group_size' is 8"),
