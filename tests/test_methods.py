@@ -1,6 +1,6 @@
 """The contract every method keeps, found by file: a new method is tested by adding its file.
 
-Each method runs on one encoder, each model family with a few, scanned or unrolled in turn;
+Each method runs on one encoder, each model family with three methods, scanned or unrolled in turn;
 what it is made with stands in tests/cases/, by its name.
 """
 
@@ -27,7 +27,7 @@ ON_BERT = [
 FAMILIES = [
     (family, (name,), SETTINGS.get(name, [{}])[0])
     for family in ("roberta", "distilbert")
-    for name in ("lora", "adapter")
+    for name in ("lora", "adapter", "bitfit")
 ]
 TOGETHER = [
     ("bert", ("lora", "adapter"), {"kind": "parallel"}),
