@@ -62,8 +62,6 @@ def trained(fitted):
     moving = jax.tree.map(jnp.copy, fitted.moving)
     state = train.init_state(moving, tx, jax.random.key(2))
     frozen = jax.tree.map(jnp.copy, fitted.frozen)
-    lowered = step.lower(state, frozen, tiny.batch())
-    step = lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": False})  # in haste
     losses = []
     for _ in range(3):
         state, metrics = step(state, frozen, tiny.batch())
