@@ -17,7 +17,7 @@ COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "").split()
-    # Most of the time goes into compiling tiny programs: all tests take 14 minutes so, or 18.
+    # Most of the time goes into compiling tiny programs, which run once.
     # tests/parity compiles as runs do.
     if not any("parity" in argument for argument in sys.argv):
         flags.append("--xla_backend_optimization_level=0")
