@@ -231,7 +231,7 @@ def fit(config, model, methods, mesh, steps):
 
 
 def _quickly():
-    """How to compile what runs once: the convolutional adapters of a ResNet-20 took 9.4 s, now 1.9."""
+    """How to compile what runs once: conv adapters of a ResNet-20 took 9.4 s to add, now 1.9."""
     on_cpu = jax.default_backend() == "cpu"
     return {"xla_backend_optimization_level": 0} if on_cpu else None
 
