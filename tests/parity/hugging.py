@@ -4,6 +4,7 @@ import copy
 
 import butterfly
 import numpy as np
+import peft as hf
 import torch
 import transformers
 
@@ -47,3 +48,19 @@ def logits(model, batch):
         batch.pop("token_type_ids", None)
     with torch.no_grad():
         return model(**batch).logits.numpy()
+
+
+def trained_by_peft(base, config, batch, outputs=5, steps=4):
+    """Some of PEFT's own training steps, so that nothing is as it started."""
+    torch.manual_seed(0)
+    model = hf.get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
+    batch = {key: torch.tensor(np.asarray(value)) for key, value in batch.items()}
+    if base.config.model_type == "distilbert":
+        del batch["token_type_ids"]
+    labels = torch.arange(len(batch["input_ids"])) % outputs
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval()

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import peft as hf
 import pytest
-import torch
 import transformers
 from trained import Trained
 
@@ -62,22 +61,6 @@ def loaded_by_peft(folder, base):
         return hf.PeftModel.from_pretrained(base, folder).eval()
 
 
-def trained_by_peft(base, config, batch, steps=4):
-    """Some of PEFT's own training steps, so that nothing is as it started."""
-    torch.manual_seed(0)
-    model = hf.get_peft_model(base, config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
-    batch = {key: torch.tensor(np.asarray(value)) for key, value in batch.items()}
-    if base.config.model_type == "distilbert":
-        del batch["token_type_ids"]
-    labels = torch.arange(len(batch["input_ids"])) % 5
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
 @pytest.mark.parametrize("name, family", EACH)
 def test_pefts_read_by_us(bases, tmp_path, name, family):
     folder, model, base = bases[family]
@@ -85,7 +68,7 @@ def test_pefts_read_by_us(bases, tmp_path, name, family):
     batch, chosen = batches(model)
     settings = cases.for_family(case.settings, family)
     config = getattr(hf, case.config)(task_type="SEQ_CLS", **settings)
-    theirs = trained_by_peft(base_of(folder), config, batch)
+    theirs = hugging.trained_by_peft(base_of(folder), config, batch)
     theirs.save_pretrained(tmp_path / "theirs")
     want = hugging.logits(theirs, batch)
     assert np.abs(want - hugging.logits(base_of(folder), batch)).max() > 0.1

@@ -238,20 +238,9 @@ def settings_for(family, variant):
     return settings
 
 
-def trained_by_peft(base, settings, batch, outputs=5, steps=4):
-    """Some of PEFT's own training steps."""
-    torch.manual_seed(0)
-    model = hf.get_peft_model(base, hf.LoraConfig(task_type="SEQ_CLS", **settings)).train()
-    labels = torch.arange(len(batch["input_ids"])) % outputs
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
-    batch = {key: torch.tensor(np.asarray(value)) for key, value in batch.items()}
-    if base.config.model_type == "distilbert":
-        del batch["token_type_ids"]
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-    return model.eval()
+def trained_by_peft(base, settings, batch, outputs=5):
+    config = hf.LoraConfig(task_type="SEQ_CLS", **settings)
+    return hugging.trained_by_peft(base, config, batch, outputs)
 
 
 @pytest.mark.parametrize("family, variant", CASES)
