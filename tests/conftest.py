@@ -5,7 +5,6 @@ What stands in the environment is set before jax is imported, and what tests sta
 """
 
 import atexit
-import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -22,10 +21,6 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # tests/parity compiles as runs do.
     if not any("parity" in argument for argument in sys.argv):
         flags.append("--xla_backend_optimization_level=0")
-        flags.append("--xla_llvm_disable_expensive_passes=true")
-        # 2.5 times quicker again; later ones have no other way, and refuse the flag.
-        if importlib.metadata.version("jaxlib").startswith("0.10."):
-            flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=8"])
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -155,7 +155,7 @@ ALL = [
     (change(target_modules=[]), "match no module of the model"),
     (change(target_modules=["no_such_layer"]), "match no module of the model"),
     (change(target_modules="(no|such"), "target_modules: no regular expression"),
-    (change(target_modules=["word_embeddings"]), "'bert.embeddings.word_embeddings', which is no"),
+    (change(target_modules=["word_embeddings"]), "bert.embeddings.word_embeddings"),
     (change(exclude_modules=".*"), "match no module of the model"),
     (change(exclude_modules="*"), "exclude_modules: no regular expression"),
     (

@@ -148,7 +148,7 @@ def test_rematerialised(folders, loaded, family):
         gradient = jax.grad(objective(model.module, variables, tiny_images.batch()))
         program = str(jax.make_jaxpr(gradient)(variables["params"]))
         assert ("checkpoint" in program or "remat" in program) == (remat == "block")
-        found[remat] = tree.flatten(jax.jit(gradient)(variables["params"]))
+        found[remat] = tree.flatten(tiny.hasty(gradient)(variables["params"]))
     for path, leaf in found["none"].items():
         np.testing.assert_allclose(leaf, found["block"][path], atol=1e-5, rtol=1e-4, err_msg=path)
     assert all(np.abs(leaf).max() > 0 for leaf in found["none"].values())

