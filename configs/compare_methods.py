@@ -31,12 +31,8 @@ METHODS = {
     "partial_last": (("partial_tuning",), {"partial_tuning": {"last": 1}}, 5e-4),
     "norm_tuning": (("norm_tuning",), {}, 4e-3),
     "bitfit": (("bitfit",), {}, 4e-3),
-    "bitfit_query": (("bitfit",), {"bitfit": {"variant": "query_intermediate"}}, 4e-3),
     # the LoRA family, on query and value if nothing else is said
-    "lora_r1": (("lora",), {"lora": {"rank": 1, "alpha": 2.0}}, 2e-3),
     "lora_r8": (("lora",), {"lora": {"rank": 8, "alpha": 16.0}}, 2e-3),
-    "lora_all": (("lora",), {"lora": {"rank": 8, "alpha": 16.0, "targets": ("all-linear",)}}, 1e-3),
-    "rslora_r32": (("lora",), {"lora": {"rank": 32, "alpha": 16.0, "rslora": True}}, 1e-3),
     "lora_plus": (("lora_plus",), {"lora_plus": {"rank": 8, "alpha": 16.0, "ratio": 16.0}}, 5e-4),
     "dora": (("dora",), {"dora": {"rank": 8, "alpha": 16.0}}, 2e-3),
     "pissa": (("pissa",), {"pissa": {"rank": 8, "alpha": 8.0}}, 1e-3),

@@ -47,6 +47,10 @@ def test_it_is_short():
     assert len(EXAMPLE.read_text().splitlines()) < 40
 
 
+def test_readme_shows_it():
+    assert EXAMPLE.read_text() in (TESTS.parent / "README.md").read_text()
+
+
 def test_it_is_found_with_its_config_group(beside, tmp_path):
     assert NAME in peft.names()
     assert config.signature(peft.get(NAME)) == {"last": (int, 0)}

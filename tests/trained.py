@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import peft, tree
+from bmft import layers, peft, tree
 from bmft.peft import files, portable
 
 LABELS = ("very bad", "bad", "so so", "good", "very good")
@@ -37,7 +37,7 @@ class Trained:
 
     def made(self, params):
         """{collection/path: leaf} of what the methods add to a base."""
-        shapes = jax.eval_shape(self.model.module.init, jax.random.key(0), self.model.dummy)
+        shapes = layers.shapes(self.model.module, self.model.dummy)
         base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         add = jax.jit(peft.attach(self.methods, self.model).add)
         return tree.flatten(add(jax.random.key(1), base | {"params": params}))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import names, tree
+from bmft import layers, names, tree
 from bmft.errors import Mistake
 from bmft.models import tensors
 
@@ -49,7 +49,7 @@ class Files(NamedTuple):
 
 def shapes(model):
     """The base tree, its running statistics included, as shapes; nothing is computed."""
-    made = jax.eval_shape(model.module.init, jax.random.key(0), model.dummy)
+    made = layers.shapes(model.module, model.dummy)
     return tree.join(made["params"], made.get("batch_stats", {}))
 
 

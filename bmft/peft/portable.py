@@ -10,7 +10,7 @@ import re
 import jax
 import numpy as np
 
-from bmft import peft, tree
+from bmft import layers, peft, tree
 from bmft.errors import Mistake, nearest
 from bmft.names import from_file, in_file, to_file
 from bmft.peft import matching
@@ -98,9 +98,8 @@ def decode(method, model, shapes, tensors, modules_to_save, file):
 def expected(methods, model):
     """The shapes of the base tree and of what `methods` add to it: ({path: shape},
     {collection/path: shape})."""
-    key = jax.random.key(0)
-    base = jax.eval_shape(model.module.init, key, model.dummy)
-    added = jax.eval_shape(peft.attach(methods, model).add, key, base)
+    base = layers.shapes(model.module, model.dummy)
+    added = jax.eval_shape(peft.attach(methods, model).add, jax.random.key(0), base)
     leaves = tree.join(*(base[name] for name in peft.BASE if name in base))
     return tree.flatten(leaves), tree.flatten(added)
 

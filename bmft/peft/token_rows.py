@@ -14,11 +14,10 @@ PEFT's configuration of it has no modules_to_save: its own files hold no head, a
 In ours the head stands beside the rows; PEFT takes it from there.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import names, peft, tree
+from bmft import layers, names, peft, tree
 from bmft.errors import Mistake
 from bmft.peft import matching
 from bmft.peft.files import Files, Layout
@@ -71,7 +70,7 @@ def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("wo
 
 def _sizes(model, sites):
     """{module path: rows of its table}"""
-    shapes = jax.eval_shape(model.module.init, jax.random.key(0), model.dummy)["params"]
+    shapes = layers.shapes(model.module, model.dummy)["params"]
     return {path: tree.flatten(shapes)[f"{path}/embedding"].shape[0] for path in sites}
 
 
