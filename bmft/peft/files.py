@@ -177,7 +177,8 @@ def card(folder):
     about, shapes = reading.headers(file)
     if adapterhub.is_one(fields):
         labels, outputs = adapterhub_head.about(folder)
-        base = fields.get("model_name")
+        base = fields.get("model_name")  # empty of a model that was never in a file
+        base = base if base and isinstance(base, str) else None
         return Card(adapterhub.NAME, base, about.get(reading.BASE_KEY), labels, outputs)
     heads = sorted(key for key in shapes if re.fullmatch(HEAD_BIAS, key))
     return Card(
