@@ -1,4 +1,5 @@
-"""Adapter directories, ours or Hugging Face PEFT's: looked at, folded in, combined, converted.
+"""Adapter directories, ours, Hugging Face PEFT's or AdapterHub's: looked at, folded in, combined,
+converted.
 
     ./run.sh -m bmft.adapters show DIR
     ./run.sh -m bmft.adapters merge --adapter DIR [--base MODEL] --output DIR
@@ -6,10 +7,13 @@
     ./run.sh -m bmft.adapters combine --adapter DIR:0.7 --adapter DIR:0.3 --how svd --output DIR
     ./run.sh -m bmft.adapters convert --rank 8 --adapter DIR [--base MODEL] --output DIR
     ./run.sh -m bmft.adapters convert --rank 8 --from TUNED --base MODEL --output DIR
+    ./run.sh -m bmft.adapters convert --to adapterhub --adapter DIR [--base MODEL] --output DIR
+    ./run.sh -m bmft.adapters convert --to bmft --adapter DIR [--base MODEL] --output DIR
 
-Without --base it is the model that the adapter names. Each prints how far its result is from the
-exact one. The mathematics: bmft/peft/{showing,updates,combining,converting}.py; several adapters in
-one batch, in Python: bmft/peft/several.py.
+The last two write the same adapter in another format: AdapterHub's, of bottleneck adapters, or the
+one that a run writes. Without --base it is the model that the adapter names. Each prints how far
+its result is from the exact one. The mathematics: bmft/peft/{showing,updates,combining,
+converting}.py; several adapters in one batch, in Python: bmft/peft/several.py.
 """
 
 import argparse
@@ -23,7 +27,7 @@ import numpy as np
 from bmft import export, log, models, peft, prepare_images, sharding, tree
 from bmft.errors import Mistake, Parser, command
 from bmft.models import weights
-from bmft.peft import combining, converting, files, showing, updates
+from bmft.peft import adapterhub, combining, converting, files, showing, updates
 
 
 def show(options):
@@ -164,6 +168,10 @@ def combine(options):
 def convert(options):
     if (options.adapter is None) == (options.tuned is None):
         raise Mistake("give one of --adapter DIR, --from TUNED")
+    if options.to != "lora":
+        return _rewrite(options)
+    if options.rank is None:
+        raise Mistake("convert: give --rank, of the LoRA; or --to another format")
     if options.tuned:
         if options.base is None:
             raise Mistake("convert --from: give --base MODEL, what the model was trained from")
@@ -193,12 +201,30 @@ def convert(options):
     return 0
 
 
-def _write_adapter(folder, adapter, model, beside):
+def _rewrite(options):
+    """The same adapter in another format."""
+    if options.tuned or options.rank is not None:
+        raise Mistake(f"convert --to {options.to}: give --adapter DIR, and no --rank")
+    model = _base_of(options.adapter, options.base)
+    adapter = _read(options.adapter, model)
+    write = adapterhub.write if options.to == "adapterhub" else updates.write
+    _write_adapter(options.output, adapter, model, options.adapter, write)
+    again, worst = _read(options.output, model).leaves, 0.0
+    for path, leaf in adapter.leaves.items():
+        rows = adapter.rows.get(path, peft.moving_rows(adapter.methods, path))
+        change = np.abs(again[path] - leaf)[slice(None) if rows is None else rows]
+        worst = max(worst, float(change.max(initial=0)))
+    kind, names = files.card(options.output).peft_type, " + ".join(adapter.names)
+    print(f"{options.output}: {names} as {kind}; read again, its numbers differ by {worst:.1e}")
+    return 0
+
+
+def _write_adapter(folder, adapter, model, beside, write=updates.write):
     _check_output(folder, model.folder, beside)
     about = {"base": models.hub_id(model.name), "fingerprint": weights.fingerprint(model)}
     export.adapter(
         folder,
-        lambda partial: updates.write(partial, adapter, model, **about),
+        lambda partial: write(partial, adapter, model, **about),
         _beside(model, beside),
     )
 
@@ -309,7 +335,9 @@ def main(argv):
     add = known[convert].add_argument
     add("--adapter", help="a directory, of any method that merges")
     add("--from", dest="tuned", help="a model that was trained whole")
-    add("--rank", type=int, required=True, help="of the LoRA")
+    add("--rank", type=int, help="of the LoRA")
+    formats = ("lora", "adapterhub", "bmft")
+    add("--to", choices=formats, default="lora", help="a LoRA; or the same adapter in a format")
     options = parser.parse_args(argv)
     sharding.use_all_cores(os.cpu_count())
     return options.run(options)

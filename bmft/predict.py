@@ -215,7 +215,7 @@ def main(argv):
     parser = Parser("bmft.predict", description=__doc__, formatter_class=layout)
     parser.add_argument("--run", help="a run directory")
     parser.add_argument("--base", help="a model: directory, preset or Hub id")
-    parser.add_argument("--adapter", help="an adapter directory, ours or PEFT's")
+    parser.add_argument("--adapter", help="an adapter directory, ours, PEFT's or AdapterHub's")
     parser.add_argument("--input", help=".jsonl, .csv, .tsv or .parquet")
     parser.add_argument("--output", help=".jsonl; standard output where it is not given")
     parser.add_argument("--text", action="append", default=[], help="a text; may be given again")

@@ -105,7 +105,7 @@ FILES = [
     (rewrite(CONFIG, b"null"), "adapter_config.json: no peft_type"),
     (rewrite(CONFIG, b'"LORA"'), "adapter_config.json: no peft_type"),
     (rewrite(CONFIG, b'{"peft_type": ["LORA"]}'), "adapter_config.json: no peft_type"),
-    (rewrite(CONFIG, b'{"config": {"reduction_factor": 16}}'), "AdapterHub's are others"),
+    (rewrite(CONFIG, b'{"config": {"reduction_factor": 16}}'), "no adapter.safetensors"),
     (remove(TENSORS), "no adapter_model.safetensors"),
     (as_folder(TENSORS), "no adapter_model.safetensors"),
     (pickled, "adapter_model.bin is a pickle, which is refused"),

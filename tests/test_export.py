@@ -45,7 +45,11 @@ BIASES = {
 }
 SETTINGS = cases.settings() | {
     "lora": [{}, PATTERNS, PARTS, BIASES],
-    "adapter": [{"kind": kind, "reduction": 5} for kind in ("houlsby", "pfeiffer", "parallel")],
+    "adapter": [
+        {"kind": "houlsby", "reduction": 5},
+        {"kind": "pfeiffer", "reduction": 5, "leave_out": (1,)},
+        {"kind": "parallel", "reduction": 5},
+    ],
     "bitfit": [{"variant": "query_intermediate"}],
     "ia3": [
         {},

@@ -12,12 +12,14 @@ with h the output of the block's part. Only parallel starts exactly as the base 
 the others start near it.
 
     peft/<module>/adapter_{down,up}_{kernel,bias}    [l, d, m], [l, m], [l, m, d], [l, d]
+    peft_const/<module>/adapter_on                   [l], 0 in layers left out; if there are any
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bmft import layers, peft
 from bmft.errors import Mistake, nearest
@@ -71,22 +73,20 @@ def make(
     init: str | None = None,
     scaling: float | None = None,
     norms: bool | None = None,
+    leave_out: tuple[int, ...] = (),
 ):
-    """kind: houlsby, pfeiffer, parallel. The rest overrides the kind's published settings."""
-    if kind not in KINDS:
-        raise Mistake(f"peft.adapter.kind: no {kind!r}; {nearest(kind, KINDS)}")
-    given = {
-        "reduction": reduction,
-        "nonlinearity": nonlinearity,
-        "init": init,
-        "scaling": scaling,
-        "norms": norms,
-    }
-    chosen = KINDS[kind]._replace(**{key: v for key, v in given.items() if v is not None})
-    _check(chosen)
-    if chosen.init == "mam_adapter":
-        chosen = chosen._replace(identity=0.0)
+    """kind: houlsby, pfeiffer, parallel; leave_out: layers without an adapter. The rest overrides
+    the kind's published settings."""
+    chosen = settled(
+        kind,
+        reduction=reduction,
+        nonlinearity=nonlinearity,
+        init=init,
+        scaling=scaling,
+        norms=norms,
+    )
     check_places(model, chosen.modules, "adapter", f"a {kind} adapter")
+    on = _layers(model, leave_out)
     wrap = {"houlsby": houlsby, "pfeiffer": _pfeiffer, "parallel": _parallel}[kind]
 
     def hook(module, call, *args):
@@ -95,12 +95,43 @@ def make(
         return wrap(lambda x: _adapter(module, x, chosen), call, *args)
 
     def moves(path):
-        if path.startswith("peft/") and "/adapter_" in path:
-            return "adapter"
-        return "adapter" if chosen.norms and is_norm(path) else None
+        return "adapter" if _is_own(path) or (chosen.norms and is_norm(path)) else None
 
-    undecayed = ("adapter_down_bias", "adapter_up_bias")
-    return peft.Method("adapter", moves, hook, undecayed=undecayed, identity=chosen.identity)
+    return peft.Method(
+        "adapter",
+        moves,
+        hook,
+        constants={path: {"adapter_on": on} for path in chosen.modules} if leave_out else None,
+        rows=(lambda path: on > 0 if _is_own(path) else None) if leave_out else None,
+        undecayed=("adapter_down_bias", "adapter_up_bias"),
+        identity=chosen.identity,
+    )
+
+
+def settled(kind, **given):
+    """The `Kind` of a name, with the settings that are given and not None in place of its own;
+    Mistake for a name or a setting that there is not."""
+    if kind not in KINDS:
+        raise Mistake(f"peft.adapter.kind: no {kind!r}; {nearest(kind, KINDS)}")
+    chosen = KINDS[kind]._replace(**{key: v for key, v in given.items() if v is not None})
+    _check(chosen)
+    return chosen._replace(identity=0.0) if chosen.init == "mam_adapter" else chosen
+
+
+def _layers(model, leave_out):
+    """float32 [l]: 1 where there is an adapter, 0 in the layers left out."""
+    on = np.ones(model.names.layers, np.float32)
+    for layer in leave_out:
+        if not 0 <= layer < len(on):
+            raise Mistake(f"peft.adapter.leave_out: no layer {layer}; there are 0 to {len(on) - 1}")
+        on[layer] = 0
+    if not on.any():
+        raise Mistake("peft.adapter.leave_out: no layer is left")
+    return on
+
+
+def _is_own(path):
+    return path.startswith("peft/") and "/adapter_" in path
 
 
 def is_norm(path):
@@ -138,7 +169,10 @@ def _adapter(module, x, chosen):
     up = peft.leaf(module, "adapter_up_kernel", up_init, (m, d))
     up_bias = peft.leaf(module, "adapter_up_bias", ZEROS, (d,))
     h = layers.ACTIVATIONS[chosen.nonlinearity](x.astype(jnp.float32) @ down + down_bias)
-    return (chosen.scaling * (h @ up + up_bias)).astype(x.dtype)
+    update = chosen.scaling * (h @ up + up_bias)
+    if module.has_variable("peft_const", "adapter_on"):
+        update *= module.get_variable("peft_const", "adapter_on")
+    return update.astype(x.dtype)
 
 
 def _check(chosen):

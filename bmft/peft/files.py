@@ -10,6 +10,8 @@ layer, in torch's layout; PEFT loads it and computes the same (bmft.peft.portabl
 Anything else stands by our own paths, whole stacks, under the peft_type `BMFT_<METHOD>`
 (bmft.peft.own).
 
+AdapterHub's directories are read, too (bmft.peft.adapterhub).
+
 Running statistics that moved are in either: `running_mean` of a norm that stands there whole, or
 `batch_stats/stem/norm/mean`. An adapter without them leaves the base's.
 
@@ -20,20 +22,16 @@ Reading is strict: what is not understood and could change the outputs is refuse
 import importlib
 import json
 import re
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16, which safetensors then reads
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from bmft import peft, tree
 from bmft.errors import Mistake, nearest
-from bmft.peft import matching, own, portable
+from bmft.peft import adapterhub, adapterhub_head, matching, own, portable, reading
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # PEFT's task_type of text classifiers; it has none for images, which are adapted without, or with
@@ -44,7 +42,7 @@ HEAD_BIAS = (
     r"params/classifier/out/bias|"
     r"base_model\.(model\.)?(classifier(\.\d|\.out_proj)?|fc|linear|head)\.bias"
 )
-BASE_KEY, LABELS_KEY = "bmft_base_fingerprint", "bmft_labels"
+LABELS_KEY = "bmft_labels"
 
 # What any configuration may say that makes no difference to what a trained adapter computes.
 COMMON = (
@@ -149,19 +147,13 @@ def write(folder, methods, groups, model, moving, frozen, *, base, fingerprint, 
         encoded = portable.encode(methods[0], model, moving, frozen, _implied(task))
     settings, tensors = encoded or own.encode(methods, groups, model, moving, frozen)
     settings |= {"base_model_name_or_path": base, "task_type": task, "inference_mode": True}
-    about = {"format": "pt", BASE_KEY: fingerprint}
+    about = {"format": "pt", reading.BASE_KEY: fingerprint}
     if labels is not None:
         about[LABELS_KEY] = json.dumps(list(labels))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors writes memory as it lies, and a transposed view lies otherwise.
-    laid_out = {
-        key: np.array(tensor, np.int64 if tensor.dtype == np.int64 else np.float32, order="C")
-        for key, tensor in tensors.items()
-    }
-    save_file(laid_out, folder / TENSORS, about)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    reading.write_tensors(folder / TENSORS, tensors, about)
+    reading.write_json(folder / CONFIG, settings)
 
 
 def _tasks(model):
@@ -179,21 +171,34 @@ def _implied(task):
 
 def card(folder):
     """The `Card` of an adapter directory; Mistake if it is none."""
-    fields = _read_config(Path(folder))
-    about, shapes = _headers(Path(folder) / TENSORS)
+    folder = Path(folder)
+    fields = _read_config(folder)
+    file = _file_of(folder, fields)
+    about, shapes = reading.headers(file)
+    if adapterhub.is_one(fields):
+        labels, outputs = adapterhub_head.about(folder)
+        base = fields.get("model_name")  # empty of a model that was never in a file
+        base = base if base and isinstance(base, str) else None
+        return Card(adapterhub.NAME, base, about.get(reading.BASE_KEY), labels, outputs)
     heads = sorted(key for key in shapes if re.fullmatch(HEAD_BIAS, key))
     return Card(
         peft_type=fields["peft_type"],
         base=fields.get("base_model_name_or_path"),
-        fingerprint=about.get(BASE_KEY),
-        labels=_labels(about, Path(folder) / TENSORS),
+        fingerprint=about.get(reading.BASE_KEY),
+        labels=_labels(about, file),
         outputs=shapes[heads[-1]][0] if heads and shapes[heads[-1]] else None,
     )
 
 
 def tensors_of(folder):
-    """{key: float32 array}: the tensors of an adapter directory, as they are called there."""
-    return _read_tensors(Path(folder) / TENSORS)
+    """({key: float32 array}, files) of an adapter directory: its tensors, as they are called
+    there, and the files they are from."""
+    folder = Path(folder)
+    files = [_file_of(folder, _read_config(folder))]
+    head = folder / adapterhub_head.HEAD[0]
+    if files[0].name == adapterhub.ADAPTER[0] and head.is_file():
+        files.append(head)
+    return {key: array for file in files for key, array in reading.tensors(file).items()}, files
 
 
 def read(folder, model, *, fingerprint=None):
@@ -204,28 +209,31 @@ def read(folder, model, *, fingerprint=None):
     """
     folder = Path(folder)
     fields = _read_config(folder)
-    about, _ = _headers(folder / TENSORS)
-    if fingerprint and about.get(BASE_KEY, fingerprint) != fingerprint:
-        trained_on = fields.get("base_model_name_or_path")
+    hub, file = adapterhub.is_one(fields), _file_of(folder, fields)
+    about, _ = reading.headers(file)
+    if fingerprint and about.get(reading.BASE_KEY, fingerprint) != fingerprint:
+        trained_on = fields.get("model_name" if hub else "base_model_name_or_path")
         raise Mistake(
             f"{folder}: the adapter was trained on another base ({trained_on!r}) than "
-            f"{model.name!r}: its weights have the fingerprint {about[BASE_KEY][:12]}, "
+            f"{model.name!r}: its weights have the fingerprint {about[reading.BASE_KEY][:12]}, "
             f"these {fingerprint[:12]}"
         )
+    if hub:
+        methods, groups, leaves, labels = adapterhub.decode(folder, fields, model)
+        return Adapter(methods, ("adapter",), groups, leaves, {}, labels, file, {})
     asked, known = fields.get("task_type"), _tasks(model)
     if asked not in known:
         known = " and ".join(map(repr, known))
         raise Mistake(f"{folder / CONFIG}: task_type {asked!r}; {known} are known for {model.name}")
-    tensors = _read_tensors(folder / TENSORS)
+    tensors = reading.tensors(file)
     if fields["peft_type"].startswith(own.PREFIX):
         others = {field: value for field, value in fields.items() if field not in COMMON}
-        read = own.decode(others, tensors, model, folder / CONFIG, folder / TENSORS)
+        read = own.decode(others, tensors, model, folder / CONFIG, file)
     else:
         read = _decode(folder, fields, tensors, model)
     methods, groups, leaves, rows, repeated = read
     names = tuple(method.name for method in methods)
-    labels = _labels(about, folder / TENSORS)
-    return Adapter(methods, names, groups, leaves, rows, labels, folder / TENSORS, repeated)
+    return Adapter(methods, names, groups, leaves, rows, _labels(about, file), file, repeated)
 
 
 def insert(adapter, base, fresh=()):
@@ -300,7 +308,9 @@ def _settings(fields, layout):
     settings = {}
     for field, (types, default) in reads.items():
         value = fields.get(field, default)
-        if not (value is None and not default) and not any(_is(value, kind) for kind in types):
+        if not (value is None and not default) and not any(
+            reading.is_of(value, kind) for kind in types
+        ):
             raise Mistake(f"field {field!r} cannot be {json.dumps(value)}")
         settings[field] = default if value is None else value
     implied = _implied(fields.get("task_type"))
@@ -308,35 +318,25 @@ def _settings(fields, layout):
     return settings
 
 
-def _is(value, kind):
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(one, typing.get_args(kind)[0]) for one in value)
-    # Python takes True for an int.
-    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-
-
 # --- files -----------------------------------------------------------------------------------
 
 
 def _read_config(folder):
-    """adapter_config.json as a dict that has a peft_type."""
+    """adapter_config.json as a dict that has a peft_type, or is AdapterHub's."""
     file = folder / CONFIG
     if not file.is_file():
         raise Mistake(f"{str(folder)!r} is no adapter directory: it has no {CONFIG}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{file}: not JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
-        raise Mistake(f"{file}: no peft_type: not an adapter of PEFT's (AdapterHub's are others)")
-    if not (folder / TENSORS).is_file():
-        pickled = f"; {PICKLE} is a pickle, which is refused" if (folder / PICKLE).is_file() else ""
-        raise Mistake(f"{folder}: no {TENSORS}{pickled}")
+    fields = reading.json_of(file)
+    hub = adapterhub.is_one(fields)
+    if not hub and not (isinstance(fields, dict) and isinstance(fields.get("peft_type"), str)):
+        raise Mistake(f"{file}: no peft_type, as PEFT's have, and no AdapterHub's config")
+    reading.check_there(folder, *((adapterhub.ADAPTER) if hub else (TENSORS, PICKLE)))
     return fields
 
 
-def _no_number(constant):
-    raise ValueError(f"{constant} is no number")
+def _file_of(folder, fields):
+    """The file of an adapter's tensors."""
+    return folder / (adapterhub.ADAPTER[0] if adapterhub.is_one(fields) else TENSORS)
 
 
 def _labels(about, file):
@@ -347,45 +347,6 @@ def _labels(about, file):
         labels = json.loads(about[LABELS_KEY])
     except (ValueError, RecursionError):
         labels = None
-    if not _is(labels, list[str]):
+    if not reading.is_of(labels, list[str]):
         raise Mistake(f"{file}: {LABELS_KEY} in the metadata is no list of texts")
     return tuple(labels)
-
-
-def _headers(file):
-    """(metadata, {key: shape}) of a safetensors file."""
-    with _opened(file) as tensors:
-        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        return tensors.metadata() or {}, shapes
-
-
-def _read_tensors(file):
-    """{key: float32 array}; Mistake for numbers that no weights are."""
-    with _opened(file) as opened:
-        tensors = {key: _tensor(opened, key, file) for key in opened.keys()}  # noqa: SIM118
-    for key, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise Mistake(f"{file}: tensor {key!r} has numbers that are not finite")
-    return tensors
-
-
-def _tensor(opened, key, file):
-    try:
-        tensor = opened.get_tensor(key)
-        is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
-    except (SafetensorError, TypeError, AttributeError) as error:  # of types that NumPy lacks
-        raise Mistake(f"{file}: tensor {key!r} cannot be read: {_one_line(error)}") from None
-    if not is_float and not key.endswith(f".{portable.COUNTER}"):
-        raise Mistake(f"{file}: tensor {key!r} is of {tensor.dtype}, and no floating point numbers")
-    return tensor.astype(np.float32)
-
-
-def _one_line(error):
-    return " ".join(str(error).split())
-
-
-def _opened(file) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise Mistake(f"{file}: {_one_line(error)}") from None

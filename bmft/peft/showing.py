@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bmft import names
-from bmft.peft import files, own, portable, updates
+from bmft.peft import adapterhub, adapterhub_config, files, own, portable, updates
 
 # The number of a layer in a module's name: bert.encoder.layer.3.attention.self.query
 LAYER = re.compile(r"(?<=\.)(?:layers?|blocks?|h)\.(\d+)(?=\.)")
@@ -37,7 +37,7 @@ class About(NamedTuple):
     tensors: int
     numbers: int  # that moved
     constants: int  # numbers that are saved and never moved
-    size: int  # bytes of both files
+    size: int  # bytes of its adapter_config.json and tensors
     rows: list
 
 
@@ -46,16 +46,18 @@ def about(folder):
     folder = Path(folder)
     card = files.card(folder)
     fields = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
-    tensors = files.tensors_of(folder)
+    tensors, of_tensors = files.tensors_of(folder)
+    told = fields
+    if adapterhub.is_one(fields):
+        told = {field: fields["config"].get(field) for field in adapterhub_config.READ}
     fixed = [key for key in tensors if key.startswith("peft_const/")]
     settings = {
         field: value
-        for field, value in sorted(fields.items())
+        for field, value in sorted(told.items())
         if field not in files.ABOUT and value not in (None, False, "", [], {})
     }
     ours = card.peft_type.startswith(own.PREFIX)
     rows = _of_ours(tensors) if ours else _of_pefts(tensors, fields)
-    both = (folder / files.CONFIG, folder / files.TENSORS)
     return About(
         card=card,
         task_type=fields.get("task_type"),
@@ -63,7 +65,7 @@ def about(folder):
         tensors=len(tensors),
         numbers=sum(tensor.size for key, tensor in tensors.items() if key not in fixed),
         constants=sum(tensors[key].size for key in fixed),
-        size=sum(path.stat().st_size for path in both),
+        size=sum(path.stat().st_size for path in (folder / files.CONFIG, *of_tensors)),
         rows=rows,
     )
 
@@ -73,7 +75,7 @@ def about(folder):
 
 def _of_pefts(tensors, fields):
     """Rows of {key: tensor}, a tensor a module and layer."""
-    found, lora = {}, fields["peft_type"] == "LORA"
+    found, lora = {}, fields.get("peft_type") == "LORA"
     for key, tensor in sorted(tensors.items()):
         end = next((end for pair in PAIR.items() for end in pair if key.endswith("." + end)), None)
         module, _, what = key.removeprefix(portable.PREFIX).rpartition("." + end if end else ".")

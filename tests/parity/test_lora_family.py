@@ -19,7 +19,7 @@ from bmft import models, optim, peft, train, tree
 from bmft.config import read
 from bmft.errors import Mistake
 from bmft.models import weights
-from bmft.peft import files, matching
+from bmft.peft import files, matching, reading
 from bmft.prepare import groups
 
 LENGTHS = (13, 3, 8, 10)
@@ -190,7 +190,7 @@ def test_embeddings_that_peft_repeats(bert, tmp_path, targets):
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     inside = ".base_layer" if len(targets) > 1 else ""
     key = f"base_model.model.bert.embeddings.word_embeddings{inside}.weight"
-    assert key in files._read_tensors(tmp_path / files.TENSORS)
+    assert key in reading.tensors(tmp_path / files.TENSORS)
     adapter = files.read(tmp_path, model)
     apply = jax.jit(peft.attach(adapter.methods, model).apply)
     got = apply(files.insert(adapter, base), batches()[1])[0]
