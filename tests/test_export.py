@@ -66,6 +66,8 @@ SETTINGS = cases.settings() | {
 PEFTS = {name: layout.peft_type for name in peft.names() if (layout := files._layout(name))}
 AS_LORA = ("lora_plus", "pissa")  # written as a LoRA: test_lora_family
 NOT_ON_TEXT = ("conv_adapter", "visual_prompt")  # refused on BERT: test_conv_methods, test_vit
+# A file holds what they compute: no ranks that a layer does not have, a prompt and no network.
+AS_COMPUTED = ("loha", "lokr", "prefix_tuning", "p_tuning")
 CASES = [
     *(
         ("bert", {name: group})
@@ -107,6 +109,17 @@ def test_what_is_written_is_read(bases, tmp_path, case):
     adapter = files.read(tmp_path, model, fingerprint="f" * 64)
     assert adapter.names == tuple(groups)
     assert adapter.labels == LABELS
+    if set(groups) & set(AS_COMPUTED):
+        variables = files.insert(adapter, {"params": params})
+        trees = tree.split(variables, adapter.leaves.__contains__)
+        about = {"base": "tiny", "fingerprint": "f" * 64}
+        again = adapter.methods, adapter.groups, model, *trees
+        files.write(tmp_path / "again", *again, **about)
+        one, other = (files.tensors_of(folder)[0] for folder in (tmp_path, tmp_path / "again"))
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            np.testing.assert_array_equal(tensor, other[key], err_msg=key)
+        return
     same(files.insert(adapter, {"params": params}), trained.variables)
     card = files.card(tmp_path)
     assert (card.base, card.outputs, card.labels) == ("tiny", tiny.OUTPUTS, LABELS)

@@ -266,14 +266,14 @@ def test_shared_leaves_and_constants_of_weights(folders, option):
 
     gradient = tiny.hasty(jax.value_and_grad(objective))
     _, grads = gradient(moving)
-    step = 1e-2
+    step = 3e-2  # at which the rounding of a loss of 20 is 3e-5 of a slope
     for path, grad in tree.flatten(grads).items():  # every module's use of the shared leaf counts
         direction = np.sign(grad)
         at = lambda t, path=path, d=direction: tree.map_with_path(  # noqa: E731
             lambda p, x: x + t * d if p == path else x, moving
         )
         found = (gradient(at(step))[0] - gradient(at(-step))[0]) / (2 * step)
-        assert found == pytest.approx(float(np.abs(grad).sum()), rel=0.02), path
+        assert found == pytest.approx(float(np.abs(grad).sum()), rel=0.02, abs=6e-5), path
 
 
 @pytest.mark.parametrize("alpha, rslora, scale", [(7.0, False, 7 / 4), (7.0, True, 7 / 2)])
