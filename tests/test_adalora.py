@@ -58,8 +58,10 @@ def course(fitted, accumulate=1, penalty=True):
     tx = optax.adam(0.01)
     begin, after = peft.memory(fitted.methods, STEPS)
     term = peft.penalty(fitted.methods) if penalty else None
-    step = train.make_step(
-        fitted.apply, tiny.loss, tx, accumulate=accumulate, penalty=term, after=after
+    step = tiny.hasty(
+        train.make_step(
+            fitted.apply, tiny.loss, tx, accumulate=accumulate, penalty=term, after=after
+        )
     )
     moving = jax.tree.map(jnp.copy, fitted.moving)
     state = train.init_state(moving, tx, jax.random.key(0), begin=begin)

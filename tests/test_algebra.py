@@ -334,11 +334,11 @@ def together(base, adapter):
     }
     found = several.attach(adapters, *base)
     alone = [
-        jax.jit(peft.attach(one.methods, base[0]).apply)(files.insert(one, base[1]), BATCH)
+        tiny.hasty(peft.attach(one.methods, base[0]).apply)(files.insert(one, base[1]), BATCH)
         for one in adapters.values()
     ]
-    plain = jax.jit(peft.attach((), base[0]).apply)(base[1], BATCH)
-    return adapters, found, jax.jit(found.apply), np.stack([*alone, plain])
+    plain = tiny.hasty(peft.attach((), base[0]).apply)(base[1], BATCH)
+    return adapters, found, tiny.hasty(found.apply), np.stack([*alone, plain])
 
 
 def own(alone):
@@ -368,7 +368,7 @@ def test_unrolled_or_in_bfloat16(base, together, about):
     adapters, _, _, alone = together
     model = models.find(base[0].name, outputs=tiny.OUTPUTS, **about)
     found = several.attach(adapters, model, base[1])
-    got = jax.jit(found.apply)(found.variables, BATCH | {"adapters": CHOSEN})
+    got = tiny.hasty(found.apply)(found.variables, BATCH | {"adapters": CHOSEN})
     assert got.dtype == np.float32
     loose = 0.1 * np.abs(alone).max() if "dtype" in about else 1e-5
     np.testing.assert_allclose(got, own(alone), atol=loose)

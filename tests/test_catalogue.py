@@ -7,6 +7,7 @@ import examples
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from bmft import models, peft
 from bmft.models import weights
@@ -30,7 +31,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def plain():
     """(model, params, batch) -> logits of a model without methods, compiled once."""
-    apply = jax.jit(lambda module, *given: module.apply(*given), static_argnums=0)
+    apply = tiny.hasty(lambda module, *given: module.apply(*given), static_argnums=0)
     return lambda model, params, batch: apply(model.module, {"params": params}, batch)
 
 
@@ -42,7 +43,7 @@ def test_adapters_of_peft(loaded, plain, name):
     variables = files.insert(adapter, base)
     chosen = examples.tokens(LENGTHS, VOCABULARY, model.config.types)
     batch = examples.both(chosen, peft.virtual_ids(adapter.methods, model))
-    apply = jax.jit(peft.attach(adapter.methods, model).apply)
+    apply = tiny.hasty(peft.attach(adapter.methods, model).apply)
     for way in examples.of_both(np.asarray(apply(variables, batch))):
         np.testing.assert_allclose(way, LOGITS[name], atol=1e-5)
     if all(method.merge for method in adapter.methods if method.hook):

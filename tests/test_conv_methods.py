@@ -133,18 +133,20 @@ class Run:
                 (total, weight), _ = tiny_images.loss(forward, self.batch, None)
                 return total / weight
 
-            logits = apply(tree.join(moving, frozen), self.batch)
-            base = apply(tree.join(moving, frozen), self.batch, adapter=False)
             loss, gradient = jax.value_and_grad(objective)(moving)
-            moved = jax.tree.map(lambda x, g: x - 0.05 * g, moving, gradient)
-            return moved, loss, logits, base
+            return jax.tree.map(lambda x, g: x - 0.05 * g, moving, gradient), loss
 
-        step = quick(step)
+        def both(moving, frozen):
+            variables = tree.join(moving, frozen)
+            return apply(variables, self.batch), apply(variables, self.batch, adapter=False)
+
+        step, both = tiny.hasty(step), quick(both)
         moving, frozen = self.fitted.moving, self.fitted.frozen
-        moving, first, self.start, self.base = step(moving, frozen)
+        self.start, self.base = both(moving, frozen)
+        moving, first = step(moving, frozen)
         moving = step(moving, frozen)[0]
         self.moving = jax.device_get(moving)
-        _, last, self.logits, _ = step(moving, frozen)
+        last, self.logits = step(moving, frozen)[1], both(moving, frozen)[0]
         self.losses = first, last
         self.variables = tree.join(self.moving, jax.device_get(frozen))
 

@@ -158,11 +158,6 @@ ALL = [
     (change(target_modules=["word_embeddings"]), "bert.embeddings.word_embeddings"),
     (change(exclude_modules=".*"), "match no module of the model"),
     (change(exclude_modules="*"), "exclude_modules: no regular expression"),
-    (
-        change(modules_to_save=["no_such_layer"]),
-        "modules_to_save 'no_such_layer' matches no module",
-    ),
-    (change(modules_to_save=["classifier("]), "modules_to_save"),
 ]
 
 

@@ -258,7 +258,6 @@ def test_mistakes_end_with_status_2_and_one_line(arguments, tmp_path, capsys, ar
     "methods, group",
     [
         ("full", []),
-        ("bitfit", ["--config.peft.bitfit.variant=query_intermediate"]),
         ("lora,adapter", ["--config.peft.adapter.kind=parallel", "--config.train.accumulate=2"]),
     ],
 )

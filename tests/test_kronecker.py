@@ -240,7 +240,7 @@ def test_compacter_is_written_and_read(folder, tmp_path):
     adapter = files.read(tmp_path, fitted.model)
     assert adapter.names == ("compacter",)
     again = files.insert(adapter, fitted.loaded.variables())
-    apply = jax.jit(peft.attach(adapter.methods, fitted.model).apply)
+    apply = tiny.hasty(peft.attach(adapter.methods, fitted.model).apply)
     want = fitted.apply(variables, tiny.batch())
     assert np.array_equal(apply(again, tiny.batch()), want)
 
@@ -270,7 +270,7 @@ def test_what_is_refused(folder, method, group, says):
     assert says in str(refused.value)
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "compacter"])
+@pytest.mark.parametrize("method", ["lokr", "compacter"])
 def test_low_precision_base_and_blocks_computed_again(folder, method):
     """float32 leaves on a bfloat16 base, under remat."""
     group = {"reduction": 3} if method == "compacter" else {"rank": 2, "targets": ("all-linear",)}

@@ -28,7 +28,7 @@ def test_start_is_the_rows_in_their_order(base):
     table = params["embeddings"]["word"]["embedding"]
     for dtype in (jnp.float32, jnp.bfloat16):
         low = {"params": jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)}
-        added = jax.jit(peft.attach(methods, model).add)(jax.random.key(0), low)
+        added = tiny.hasty(peft.attach(methods, model).add)(jax.random.key(0), low)
         assert tree.describe(added["peft"]) == [("embeddings/word/token_rows", (4, 24), "float32")]
         rows = added["peft"]["embeddings"]["word"]["token_rows"]
         np.testing.assert_array_equal(rows, table[np.array(TOKENS)].astype(dtype))
@@ -37,7 +37,7 @@ def test_start_is_the_rows_in_their_order(base):
 def test_the_rows_replace_those_of_the_table_and_no_others(base):
     model, params = base
     trained = Trained(model, params, {"token_rows": {"tokens": TOKENS}})
-    apply = jax.jit(peft.attach(trained.methods, model).apply, static_argnames="adapter")
+    apply = tiny.hasty(peft.attach(trained.methods, model).apply, static_argnames="adapter")
     batch = tiny.batch()
     others = ~np.isin(np.arange(53), TOKENS)
     table = np.array(params["embeddings"]["word"]["embedding"])

@@ -30,7 +30,10 @@ def started(fitted, tx):
 def losses(fitted, steps=3, **options):
     """Losses and moving leaves of a few steps of Adam."""
     tx = optax.adam(0.01)
-    step, state = train.make_step(fitted.apply, tiny.loss, tx, **options), started(fitted, tx)
+    step, state = (
+        tiny.hasty(train.make_step(fitted.apply, tiny.loss, tx, **options)),
+        started(fitted, tx),
+    )
     found = []
     for number in range(steps):
         state, metrics = step(state, fitted.frozen, tiny.batch(rows=8, seed=number))
@@ -48,7 +51,7 @@ def test_parts_of_a_batch_add_up_to_it(fitted):
 
 def test_one_compilation_however_many_steps(fitted):
     tx = optax.adam(0.01)
-    step, state = train.make_step(fitted.apply, tiny.loss, tx), started(fitted, tx)
+    step, state = tiny.hasty(train.make_step(fitted.apply, tiny.loss, tx)), started(fitted, tx)
     for number in range(3):
         state, metrics = step(state, fitted.frozen, tiny.batch(seed=number))
     assert step._cache_size() == 1
@@ -71,7 +74,8 @@ def test_gradient_taker_is_an_argument(fitted):
 
     tx = optax.sgd(0.0)
     plain, twice = (
-        train.make_step(fitted.apply, tiny.loss, tx, **option) for option in ({}, {"grad": doubled})
+        tiny.hasty(train.make_step(fitted.apply, tiny.loss, tx, **option))
+        for option in ({}, {"grad": doubled})
     )
     norms = [
         float(step(started(fitted, tx), fitted.frozen, tiny.batch())[1]["grad_norm"])
@@ -98,7 +102,7 @@ def test_losses_do_not_depend_on_the_mesh(fitted, shape):
         return jax.device_put(leaf, where(rest, leaf.shape) if kind == "params" else whole)
 
     tx = optax.adam(0.01)
-    step = train.make_step(fitted.apply, tiny.loss, tx)
+    step = tiny.hasty(train.make_step(fitted.apply, tiny.loss, tx))
     state = jax.device_put(started(fitted, tx), whole)
     frozen = tree.map_with_path(place, fitted.frozen)
     found = []

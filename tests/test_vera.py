@@ -28,7 +28,7 @@ def test_start(base):
     """A and B as large as the largest, uniform in ±sqrt(6 / fan-in); lambda_b is zero."""
     model, params = base
     methods = peft.build(model, ("vera",), {"vera": GROUP | {"d_initial": 0.3}})
-    add = jax.jit(peft.attach(methods, model).add)
+    add = tiny.hasty(peft.attach(methods, model).add)
     added = tree.flatten(add(jax.random.key(1), {"params": params}))
     assert {path: leaf.shape for path, leaf in added.items()} == {
         "peft/layers/attention/query/vera_lambda_d": (3, 150),
@@ -55,7 +55,7 @@ def test_start(base):
 def test_dropout_meets_the_update_alone(base):
     model, params = base
     trained = Trained(model, params, {"vera": {"rank": 9, "dropout": 0.5, "targets": ("mlp.up",)}})
-    apply = jax.jit(peft.attach(trained.methods, model).apply, static_argnames="train")
+    apply = tiny.hasty(peft.attach(trained.methods, model).apply, static_argnames="train")
     batch = tiny.batch()
     still = apply(trained.variables, batch)
     one, two = (apply(trained.variables, batch, train=True, key=jax.random.key(k)) for k in (0, 1))

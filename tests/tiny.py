@@ -26,9 +26,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     IN_HASTE["xla_cpu_use_fusion_emitters"] = False
 
 
-def hasty(function):
-    """The function jitted, for gradients and training steps."""
-    return jax.jit(function, compiler_options=IN_HASTE)
+def hasty(function, **options):
+    """The function jitted, where a tolerance is what results are compared with."""
+    return jax.jit(function, compiler_options=IN_HASTE, **options)
 
 
 def config_json(family, **changes):
@@ -130,14 +130,19 @@ class Fitted:
         self.groups = groups or {}
         self.methods = peft.build(self.model, tuple(methods), self.groups)
         self.add, apply = peft.attach(self.methods, self.model)
-        self.apply = jax.jit(apply, static_argnames=("train", "adapter"))
-        added = jax.jit(self.add)(jax.random.key(1), self.loaded.variables())
+        self._apply, self._quick = apply, hasty(apply, static_argnames=("train", "adapter"))
+        added = hasty(self.add)(jax.random.key(1), self.loaded.variables())
         self.variables = self.loaded.variables() | added
         paths = [path for path in tree.flatten(self.variables) if peft.may_move(path)]
         self.claims = peft.claims(
             self.methods, paths, heads=self.model.heads, fresh=self.loaded.fresh
         )
         self.moving, self.frozen = tree.split(self.variables, lambda path: path in self.claims)
+
+    def apply(self, variables, batch, **how):
+        """Outputs; compiled in haste, but inside of another program as that one is."""
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch)))
+        return (self._apply if traced else self._quick)(variables, batch, **how)
 
     def batch(self):
         """A batch with the virtual tokens of the methods."""

@@ -278,7 +278,6 @@ def _decode(folder, fields, tensors, model):
     name, spoken = types[fields["peft_type"]], portable.dialect(model.names, tensors)
     try:
         settings = _settings(fields, layouts[name])
-        matching.check_saved(spoken, settings["modules_to_save"])
         if layouts[name].fits:
             layouts[name].fits(settings, model)
         groups = {name: layouts[name].arguments(settings, spoken)}

@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from bmft.errors import Mistake, nearest
+from bmft.errors import Mistake
 
 # PEFT trains these in any sequence classifier, whatever modules_to_save says.
 HEADS = ("classifier", "score")
@@ -56,15 +56,6 @@ def saved(names, entries):
         if any(name == top or name.startswith(top + ".") for top in tops):
             _mark(hit, names, path, layer)
     return hit
-
-
-def check_saved(names, entries):
-    """Mistake for one of modules_to_save that hits nothing, but for those that PEFT adds itself."""
-    table = modules(names)
-    for entry in entries:
-        if entry not in HEADS and not _saved_tops(table, [entry]):
-            words = {word for name in table for word in name.split(".") if not word.isdigit()}
-            raise Mistake(f"modules_to_save {entry!r} matches no module; {nearest(entry, words)}")
 
 
 def part(names, sites, entries, field):
