@@ -13,7 +13,7 @@ or budget are keys of the command line as anywhere; what a method is and its rat
     compare.validation_examples   so many, from all over it, for choosing rates; none: all
     compare.test_examples         so many, from all over it, for the table; none: all
 
-On two CPU cores 29 methods should take about 75 minutes. That is reckoned, not run: CPU time was
+On two CPU cores 25 methods should take about 65 minutes. That is reckoned, not run: CPU time was
 measured over 6 steps of LoRA (1.65 s a step on both cores, full 2.75, probe 0.67; 15 s to evaluate
 1,000 examples; 30 s to compile a method) on a busy machine, and the missing methods taken for LoRA.
 
