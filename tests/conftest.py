@@ -18,9 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "").split()
     # Most of the time goes into compiling tiny programs, which run once.
-    # tests/parity compiles as runs do.
-    if not any("parity" in argument for argument in sys.argv):
-        flags.append("--xla_backend_optimization_level=0")
+    flags.append("--xla_backend_optimization_level=0")
     os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=8"])
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -33,7 +33,6 @@ ALL = ("all-conv",)
 CASES = [
     ("resnet", {"full": {}}, ("params/**",)),
     ("resnet", {"linear_probe": {}}, ()),
-    ("resnet", {"bitfit": {}}, ("params/**/norm*/bias",)),
     ("resnet", {"bitfit": {"norm": "scale_and_shift"}}, ("params/**/norm*/*",)),
     ("vgg_bn", {"bitfit": {"norm": "none"}}, ("params/**/conv/bias", "params/fc*/bias")),
     ("resnet", {"norm_tuning": {}}, ("params/**/norm*/*",)),
@@ -43,7 +42,6 @@ CASES = [
         ("params/stages/*/blocks/0/norm2/*", "params/stem/norm/*"),
     ),
     ("resnet", {"partial_tuning": {}}, ("params/stages/1/**",)),
-    ("vgg", {"partial_tuning": {"last": 3}}, ("params/fc*/*", "params/blocks/1/**")),
     ("resnet", {"conv_adapter": {"reduction": 3}}, ("peft/stages/*/blocks/0/conv_adapter_*",)),
     (
         "vgg_features",
