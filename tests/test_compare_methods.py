@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from bmft import comparison, loop, models, peft, prepare, sharding, tree
+from bmft import comparison, loop, models, prepare, sharding, tree
 from bmft.config import read
 from bmft.errors import Mistake, command
 from configs.compare_methods import METHODS
@@ -269,15 +269,7 @@ def test_no_label_of_the_picture_lies_on_another():
         assert not any(comparison._meet(box, other) for other in boxes[:i])
 
 
-def entries():
-    """Those of the default config; of a method that is not there, skipped and said so."""
-    for name, (methods, _, _) in METHODS.items():
-        missing = sorted(set(methods) - set(peft.names()))
-        skip = pytest.mark.skipif(bool(missing), reason=f"no method {', '.join(missing)}")
-        yield pytest.param(name, marks=skip)
-
-
-@pytest.mark.parametrize("name", list(entries()))
+@pytest.mark.parametrize("name", METHODS)
 def test_every_entry_of_the_config_can_be_made(name, tmp_path):
     found = read([f"--config=configs/compare_methods.py:{name}"], None, prepare.groups).config
     config = {"vocab_size": 3000, "hidden_size": 32, "max_position_embeddings": 64}
