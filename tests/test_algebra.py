@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 import tiny_images
-import tiny_nets
 import tiny_vit
 from trained import LABELS, Trained
 
@@ -431,11 +430,11 @@ def of_images(request, tmp_path_factory):
 def test_each_image_by_its_own_adapter(of_images):
     model, variables, adapters, batch = of_images
     found = several.attach(adapters, model, variables)
-    got = tiny_nets.quick(found.apply)(found.variables, batch | {"adapters": [2, -1, 1, 0]})
+    got = tiny.hasty(found.apply)(found.variables, batch | {"adapters": [2, -1, 1, 0]})
     for row, name in enumerate(["factors", None, "large", "small"]):
         methods = adapters[name].methods if name else ()
         own = files.insert(adapters[name], variables) if name else variables
-        want = tiny_nets.quick(peft.attach(methods, model).apply)(own, batch)
+        want = tiny.hasty(peft.attach(methods, model).apply)(own, batch)
         np.testing.assert_allclose(got[row], want[row], atol=1e-5 * np.abs(want).max())
     assert found.choose(batch, "large")["adapters"].tolist() == [1] * 4
 

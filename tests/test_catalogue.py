@@ -28,15 +28,8 @@ def loaded():
     return found
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """(model, params, batch) -> logits of a model without methods, compiled once."""
-    apply = tiny.hasty(lambda module, *given: module.apply(*given), static_argnums=0)
-    return lambda model, params, batch: apply(model.module, {"params": params}, batch)
-
-
 @pytest.mark.parametrize("name", sorted(LOGITS))
-def test_adapters_of_peft(loaded, plain, name):
+def test_adapters_of_peft(loaded, name):
     family, _, case = name.partition("-")
     model, base = loaded[family]
     adapter = files.read(FOLDER / "catalogue" / name, model)
@@ -48,5 +41,5 @@ def test_adapters_of_peft(loaded, plain, name):
         np.testing.assert_allclose(way, LOGITS[name], atol=1e-5)
     if all(method.merge for method in adapter.methods if method.hook):
         merged = peft.merge(adapter.methods, variables["params"], variables)
-        logits = examples.of_both(plain(model, merged, batch))[0]
+        logits = examples.of_both(tiny.plain(model.module, merged, batch))[0]
         np.testing.assert_allclose(logits, LOGITS[name], atol=1e-5)

@@ -32,7 +32,7 @@ def get_config(variant=None):
     config.train.steps = 6
     config.train.batch_size = 12
     if variant is None:
-        config.compare = {"methods": ("rank_3", "biases", "all"), "test_examples": 15}
+        config.compare = {"methods": ("rank_3", "all"), "test_examples": 15}
         config.log.tensorboard = False
         config.eval.every = 100
         config.export.adapter = False
@@ -61,7 +61,7 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """A finished comparison: 3 methods, 2 seeds."""
+    """A finished comparison: 2 methods, 2 seeds."""
     workdir = tmp_path_factory.mktemp("comparison") / "finished"
     assert command(compare_methods.main, [*arguments, f"--workdir={workdir}"]) == 0
     return workdir
@@ -77,7 +77,7 @@ def table(workdir):
 
 
 def test_lines_and_tables_say_the_same(finished):
-    rows, rates = lines(finished), {"rank_3": 0.02, "biases": 0.01, "all": 0.002}
+    rows, rates = lines(finished), {"rank_3": 0.02, "all": 0.002}
     order = [(name, seed) for seed in (0, 1) for name in rates]
     assert list(rows) == order  # a first table of all methods comes early
     found = table(finished)
@@ -137,7 +137,7 @@ def test_the_frozen_base_is_shared_and_what_moves_is_not(arguments):
 def test_stopped_and_continued_gives_the_same(arguments, finished, tmp_path, monkeypatch, capsys):
     """SIGTERM in the middle of the second run; then a line torn by a kill."""
     workdir, counted, measured = tmp_path / "stopped", [], compare_methods.Measured.__call__
-    few = ["--config.compare.methods=rank_3,biases", "--config.compare.seeds=1"]
+    few = ["--config.compare.seeds=1"]
 
     def call(self, *given):
         counted.append(1)
@@ -152,11 +152,11 @@ def test_stopped_and_continued_gives_the_same(arguments, finished, tmp_path, mon
     assert list(lines(workdir)) == [("rank_3", 1)]
     assert set(table(workdir)) == {"rank_3"}
     with open(workdir / "results.jsonl", "a") as file:
-        file.write('{"method": "bia')
+        file.write('{"method": "al')
     assert command(compare_methods.main, argv) == 0
     assert len(counted) == 12  # no step was made twice
     again, found = lines(workdir), table(workdir)
-    assert list(again) == [("rank_3", 1), ("biases", 1)]
+    assert list(again) == [("rank_3", 1), ("all", 1)]
     for key, row in again.items():
         for field in ("metrics", "value", "moving_parameters"):
             assert row[field] == lines(finished)[key][field]
@@ -169,15 +169,15 @@ def test_a_finished_comparison_is_not_made_again_and_may_grow(
 ):
     before, computed = (finished / "results.jsonl").read_text(), []
     monkeypatch.setattr(loop, "run", lambda *_, **__: computed.append(1))
-    argv = [*arguments, f"--workdir={finished}", "--config.compare.methods=biases,all"]
+    argv = [*arguments, f"--workdir={finished}", "--config.compare.methods=all"]
     assert command(compare_methods.main, argv) == 0
     assert computed == []
-    assert "| biases |" in capsys.readouterr().out
-    assert set(table(finished)) == {"biases", "all"}
+    assert "| all |" in capsys.readouterr().out
+    assert set(table(finished)) == {"all"}
     assert (finished / "results.jsonl").read_text() == before
     argv = [*arguments, f"--workdir={finished}"]
     assert command(compare_methods.main, argv) == 0
-    assert set(table(finished)) == {"rank_3", "biases", "all"}
+    assert set(table(finished)) == {"rank_3", "all"}
 
 
 def test_one_method_that_fails_is_not_the_end_of_the_others(

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import tiny_images
 import tiny_vit
-from tiny_nets import Fitted, quick
+from tiny_nets import Fitted
 
 from bmft import models, peft, train, tree
 from bmft.errors import Mistake
@@ -112,7 +112,7 @@ def folders(tmp_path_factory):
 def plain(folders):
     """{net: apply(variables of the base, batch), compiled once}"""
     return {
-        net: quick(models.find(str(folder), outputs=5).module.apply)
+        net: tiny.hasty(models.find(str(folder), outputs=5).module.apply)
         for net, folder in folders.items()
     }
 
@@ -138,7 +138,7 @@ class Run:
             variables = tree.join(moving, frozen)
             return apply(variables, self.batch), apply(variables, self.batch, adapter=False)
 
-        step, both = tiny.hasty(step), quick(both)
+        step, both = tiny.hasty(step), jax.jit(both)
         moving, frozen = self.fitted.moving, self.fitted.frozen
         self.start, self.base = both(moving, frozen)
         moving, first = step(moving, frozen)

@@ -465,7 +465,7 @@ def test_confusions_are_drawn_where_they_are(tmp_path):
     assert rows[-1] - rows[0] > 1.8 * (columns[-1] - columns[0])
 
 
-@pytest.mark.parametrize("classes", [3, 20, 21, 300, 1000])
+@pytest.mark.parametrize("classes", [3, 21, 1000])
 def test_confusions_of_few_and_many_classes(classes, tmp_path):
     targets = np.arange(classes).repeat(2)
     predicted = targets.copy()

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import bmft
-from bmft import predict
-from bmft.errors import command
+from bmft import loop, predict
+from bmft.errors import Stopped, command
 from experiments import image_classification
 
 CLASSES = ("blue", "green", "red")
@@ -182,13 +182,25 @@ REASONS = [
 ]
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """Where all is said before the first step: a run that is stopped there, with status 75."""
+
+    def stop(*_, **__):
+        raise Stopped("before the first step")
+
+    monkeypatch.setattr(loop, "run", stop)
+
+
 @pytest.mark.parametrize("given, says", REASONS)
+@pytest.mark.usefixtures("untrained")
 def test_when_features_are_not_kept(arguments, given, says, tmp_path, capsys):
     probe = [*arguments[:4], *arguments[6:], "--config.peft.methods=linear_probe"]
     names = {word.partition("=")[0] for word in given}
     probe = [word for word in probe if word.partition("=")[0] not in names]
-    printed = end([*probe, *given, f"--workdir={tmp_path / 'run'}"], capsys)
-    assert f"features are computed in every epoch: {says}" in printed
+    run = [*probe, *given, f"--workdir={tmp_path / 'run'}"]
+    assert command(image_classification.main, run) == 75
+    assert f"features are computed in every epoch: {says}" in capsys.readouterr().out
 
 
 def broken(folder, what):
@@ -207,6 +219,7 @@ def broken(folder, what):
 
 
 @pytest.mark.parametrize("what", ["truncated", "grey", "transparent", "empty class"])
+@pytest.mark.usefixtures("untrained")
 def test_bad_images_end_with_one_line(arguments, what, tmp_path, capsys):
     says = broken(tmp_path / "data", what)
     run = [word for word in arguments if "data.dir" not in word]
@@ -215,8 +228,8 @@ def test_bad_images_end_with_one_line(arguments, what, tmp_path, capsys):
     assert says in printed and len(printed.strip().splitlines()) == 1
     if what == "empty class":
         return
-    printed = end([*run, "--config.data.skip_bad=True"], capsys)
-    assert "train: 8 images; 1 image left out" in printed
+    assert command(image_classification.main, [*run, "--config.data.skip_bad=True"]) == 75
+    assert "train: 8 images; 1 image left out" in capsys.readouterr().out
     listed = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
     assert len(listed) == 1 and listed[0].startswith("train\t") and "green/1.png" in listed[0]
 

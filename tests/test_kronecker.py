@@ -53,7 +53,7 @@ def test_loha_is_a_hadamard_product(folder, rank):
     np.testing.assert_allclose(changes(fitted, variables, "layers/mlp/up"), want, atol=1e-5)
     params = tree.flatten(variables["params"])
     params["layers/mlp/up/kernel"] += jnp.asarray(want, jnp.float32)
-    plain = fitted.apply({"params": tree.unflatten(params)}, tiny.batch(), adapter=False)
+    plain = tiny.plain(fitted.model.module, tree.unflatten(params), tiny.batch())
     np.testing.assert_allclose(fitted.apply(variables, tiny.batch()), plain, atol=2e-5)
 
 
@@ -80,7 +80,7 @@ def test_lokr_is_a_kronecker_product(folder):
     np.testing.assert_allclose(changes(fitted, variables, "layers/mlp/up"), want, atol=1e-5)
     params = tree.flatten(variables["params"])
     params["layers/mlp/up/kernel"] += jnp.asarray(np.stack(want), jnp.float32)
-    plain = fitted.apply({"params": tree.unflatten(params)}, tiny.batch(), adapter=False)
+    plain = tiny.plain(fitted.model.module, tree.unflatten(params), tiny.batch())
     np.testing.assert_allclose(fitted.apply(variables, tiny.batch()), plain, atol=2e-5)
 
 
@@ -204,7 +204,7 @@ def test_compacter_is_a_sum_of_kronecker_products(folder):
             for i, part in enumerate(("kernel", "bias"))
         }
     want = houlsby.apply(houlsby.variables | {"peft": {"layers": built_}}, tiny.batch())
-    plain = fitted.apply(variables, tiny.batch(), adapter=False)
+    plain = tiny.plain(fitted.model.module, variables["params"], tiny.batch())
     assert np.abs(want - plain).max() > 0.1
     np.testing.assert_allclose(fitted.apply(variables, tiny.batch()), want, atol=2e-5)
 

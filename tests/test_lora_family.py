@@ -70,7 +70,7 @@ def test_dora_is_its_definition_and_so_are_its_gradients():
     def ours(flat, x):
         return ((apply(tree.unflatten(flat), x) - target) ** 2).sum()
 
-    want, got = (jax.value_and_grad(f, argnums=(0, 1))(flat, x) for f in (direct, ours))
+    want, got = (tiny.hasty(jax.value_and_grad(f, argnums=(0, 1)))(flat, x) for f in (direct, ours))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for path in want[1][0]:
         if path.startswith("peft_const/"):  # the scale never moves
@@ -176,7 +176,6 @@ PATTERNS = {
     "bias": "lora_only",
 }
 WRITTEN = [
-    ({"pissa": PATTERNS}, ("lora",)),
     ({"pissa": {**PATTERNS, "rslora": True}}, ("lora",)),
     ({"lora_plus": PATTERNS}, ("lora",)),
     ({"pissa": PATTERNS, "norm_tuning": {}}, ("pissa", "norm_tuning")),

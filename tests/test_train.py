@@ -90,7 +90,7 @@ def test_remat_and_unroll_change_nothing(fitted, option):
     np.testing.assert_allclose(losses(other, 2)[0], losses(fitted, 2)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_losses_do_not_depend_on_the_mesh(fitted, shape):
     sizes = dict(zip(sharding.AXES, shape, strict=True))
     mesh = sharding.mesh(ConfigDict({"mesh": sizes}))

@@ -4,6 +4,7 @@ Dimensions are unlike one another wherever the architecture lets them, so that n
 mixed-up axis goes unnoticed.
 """
 
+import functools
 import importlib.metadata
 import json
 
@@ -113,6 +114,12 @@ def batch(rows=4, tokens=20, examples=3, seed=0, outputs=OUTPUTS, virtual=()):
     }
 
 
+@functools.partial(hasty, static_argnums=0)
+def plain(module, params, batch):
+    """Outputs of a model without methods: one program for all tests of it."""
+    return module.apply({"params": params}, batch)
+
+
 def loss(forward, batch, key):
     """Cross-entropy as (sum, weight), {} of a batch."""
     logits = jax.nn.log_softmax(forward(batch, train=True))
@@ -126,9 +133,9 @@ class Fitted:
 
     def __init__(self, folder, methods, groups=None, **find):
         self.model = models.find(str(folder), outputs=OUTPUTS, **find)
-        self.loaded = weights.load(self.model, jax.random.key(0))
         self.groups = groups or {}
         self.methods = peft.build(self.model, tuple(methods), self.groups)
+        self.loaded = weights.load(self.model, jax.random.key(0))
         self.add, apply = peft.attach(self.methods, self.model)
         self._apply, self._quick = apply, hasty(apply, static_argnames=("train", "adapter"))
         added = hasty(self.add)(jax.random.key(1), self.loaded.variables())

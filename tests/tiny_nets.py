@@ -1,20 +1,10 @@
-"""Methods in tiny convolutional nets: as tests/tiny.py has them in encoders, compiled in haste.
-
-Nets are no stack: a leaf is drawn for each convolution by itself, and XLA takes seconds to make
-each draw fast, where one is all that there ever is.
-"""
+"""Methods in tiny convolutional nets, as tests/tiny.py has them in encoders."""
 
 import jax
 import tiny
 
 from bmft import models, peft, tree
 from bmft.models import weights
-
-QUICKLY = {"xla_backend_optimization_level": 0}
-
-
-def quick(function):
-    return jax.jit(function, compiler_options=QUICKLY)
 
 
 class Fitted:
@@ -25,9 +15,9 @@ class Fitted:
         self.loaded = weights.load(self.model, jax.random.key(0))
         self.methods = peft.build(self.model, tuple(groups), groups)
         self.add, self.forward = peft.attach(self.methods, self.model)
-        self.apply = quick(lambda variables, batch: self.forward(variables, batch))
+        self.apply = jax.jit(lambda variables, batch: self.forward(variables, batch))
         base = self.loaded.variables()
-        self.variables = base | quick(self.add)(jax.random.key(1), base)
+        self.variables = base | tiny.hasty(self.add)(jax.random.key(1), base)
         paths = [p for p in tree.flatten(self.variables) if p.startswith(("params/", "peft/"))]
         about = {"heads": self.model.heads, "fresh": self.loaded.fresh}
         self.claims = peft.claims(self.methods, paths, **about)

@@ -1,1 +1,1 @@
-SETTINGS = [{"last": 2}]
+SETTINGS = [{"last": 1}]

@@ -7,6 +7,6 @@ SETTINGS = [
         "rslora": True,
         "targets": ("all-linear",),
         "rank_pattern": ("layer.1.*query=4",),
-        "layers_to_transform": (1, 2),
+        "layers_to_transform": (1,),
     },
 ]

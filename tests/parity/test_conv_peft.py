@@ -14,11 +14,12 @@ import nets
 import numpy as np
 import peft as hf
 import pytest
+import tiny
 import tiny_images
 import torch
 import transformers
 from safetensors.torch import save_file
-from tiny_nets import Fitted, quick
+from tiny_nets import Fitted
 from torch.nn import functional as F
 
 from bmft import models, names, peft, tree
@@ -55,7 +56,7 @@ class Net:
             save_file(base.state_dict(), folder / "model.safetensors")
         self.folder, self.model = folder, models.find(str(folder), outputs=5)
         self.base = jax.device_get(weights.load(self.model, jax.random.key(0)).variables())
-        self.apply = quick(self.model.module.apply)
+        self.apply = tiny.hasty(self.model.module.apply)
         self.logits = nets.logits(base, IMAGES)
 
 
@@ -314,7 +315,7 @@ def test_pefts_read_by_us(found, tmp_path, name, kind, settings):
     adapter = files.read(tmp_path / "theirs", net.model)
     variables = files.insert(adapter, net.base)
     apply = peft.attach(adapter.methods, net.model).apply
-    close(quick(apply)(variables, tiny_images.batch()), want, net.logits)
+    close(tiny.hasty(apply)(variables, tiny_images.batch()), want, net.logits)
     added = {key: variables.get(key, {}) for key in ("peft", "peft_const")}
     grouped = name == "resnext" and kind is hf.LoraConfig
     if grouped:
@@ -428,7 +429,7 @@ def test_pefts_on_bert_read_by_us(bert, tmp_path, config):
     want = hugging.logits(theirs, bert.batch)
     adapter = files.read(tmp_path / "theirs", bert.model)
     variables = files.insert(adapter, bert.base)
-    apply = quick(peft.attach(adapter.methods, bert.model).apply)
+    apply = tiny.hasty(peft.attach(adapter.methods, bert.model).apply)
     close(apply(variables, bert.packed)[0], want, bert.logits)
     added = {key: variables.get(key, {}) for key in ("peft", "peft_const")}
     merged = peft.merge(adapter.methods, variables["params"], added)
