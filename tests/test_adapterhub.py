@@ -21,7 +21,8 @@ from bmft.peft import adapterhub, files
 
 GOLDENS = pathlib.Path(__file__).resolve().parent / "goldens"
 LOGITS = dict(np.load(GOLDENS / "adapterhub.npz"))
-FAMILIES, OUTPUTS, LENGTHS, VOCABULARY = ("bert", "roberta", "distilbert"), 5, (13, 5, 9, 2), 50
+FAMILIES = ("bert", "roberta", "distilbert", "xlm-roberta")
+OUTPUTS, LENGTHS, VOCABULARY = 5, (13, 5, 9, 2), 50
 NAMES = ("adapter_config.json", "adapter.safetensors", "head_config.json", "model_head.safetensors")
 SETTINGS, TENSORS, HEAD_SETTINGS, HEAD = NAMES
 
@@ -34,6 +35,10 @@ def loaded():
         model = models.find(str(GOLDENS / family), outputs=OUTPUTS)
         found[family] = model, weights.load(model, jax.random.key(0)).variables()
     return found
+
+
+def family_of(name):
+    return name.rpartition("-")[0]
 
 
 def golden(name):
@@ -59,11 +64,11 @@ def rewritten(adapter, model, folder, **told):
 @pytest.mark.parametrize("name", sorted(LOGITS))
 def test_adapters_of_adapterhub(loaded, tmp_path, name):
     """The logits, packed and one a row; and the files again, by us."""
-    model, base = loaded[name.partition("-")[0]]
+    model, base = loaded[family_of(name)]
     adapter = files.read(golden(name), model)
     variables = files.insert(adapter, base)
     batch = examples.both(examples.tokens(LENGTHS, VOCABULARY, model.config.types))
-    logits = jax.jit(peft.attach(adapter.methods, model).apply)(variables, batch)
+    logits = tiny.hasty(peft.attach(adapter.methods, model).apply)(variables, batch)
     for way in examples.of_both(np.asarray(logits)):
         np.testing.assert_allclose(way, LOGITS[name], atol=1e-5)
     again = rewritten(adapter, model, tmp_path, base=str(GOLDENS / model.name), name="golden")
@@ -83,7 +88,7 @@ def of_both(name, folder, file):
 
 @pytest.mark.parametrize("name", sorted(LOGITS))
 def test_what_is_written_is_what_the_package_writes(loaded, tmp_path, name):
-    model = loaded[name.partition("-")[0]][0]
+    model = loaded[family_of(name)][0]
     adapter = files.read(golden(name), model)
     rewritten(adapter, model, tmp_path, base=f"tests/goldens/{model.folder.name}", name="golden")
     equal(*of_both(name, tmp_path, TENSORS))
@@ -107,7 +112,7 @@ def test_the_card_and_the_command_show_it(capsys):
         card = files.card(golden(name))
         assert card.labels == tuple(labels.format(i) for i in range(OUTPUTS))
         assert (card.outputs, card.fingerprint, card.peft_type) == (OUTPUTS, None, adapterhub.NAME)
-        assert card.base == f"tests/goldens/{name.partition('-')[0]}"
+        assert card.base == f"tests/goldens/{family_of(name)}"
     assert command(adapters.main, ["show", str(golden("bert-seq_bn"))]) == 0
     out = capsys.readouterr().out
     assert "heads.golden.4" in out and "bert.encoder.layer.{}.output.adapters.golden" in out
@@ -119,6 +124,7 @@ GROUPS = {
     "bert": {"kind": "houlsby", "norms": False, "leave_out": (0,), "nonlinearity": "swish"},
     "roberta": {"kind": "pfeiffer", "reduction": 5, "scaling": 0.5},
     "distilbert": {"kind": "parallel", "leave_out": (0, 2), "init": None},
+    "xlm-roberta": {"kind": "parallel", "reduction": 3},
 }
 
 

@@ -10,8 +10,10 @@ from trained import Trained
 from bmft import models, peft, tree
 from bmft.errors import Mistake
 from bmft.models import weights
+from bmft.peft import files
 
 TOKENS = (9, 4, 50, 31)
+ROWS = "peft/embeddings/word/token_rows"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,35 @@ def test_the_rows_replace_those_of_the_table_and_no_others(base):
     batch["input_ids"] = np.where(np.isin(batch["input_ids"], TOKENS), 5, batch["input_ids"])
     same = apply(trained.variables, batch, adapter=False)
     np.testing.assert_array_equal(apply(trained.variables, batch), same)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_plus", "dora"])
+def test_rows_beside_lora_in_its_files(base, tmp_path, method):
+    """They move under its label, and are read as they were written."""
+    model, params = base
+    group = {"rank": 2, "targets": ("pooler",), "trainable_token_indices": TOKENS}
+    trained = Trained(model, params, {method: group})
+    assert trained.claims[ROWS] == method
+    assert "token_rows" in trained.methods[0].undecayed
+    trained.write(tmp_path)
+    adapter = files.read(tmp_path, model)
+    assert files.card(tmp_path).peft_type == "LORA"
+    assert adapter.names == ({"dora": "dora"}.get(method, "lora"),)
+    assert adapter.groups[adapter.names[0]]["trainable_token_indices"] == TOKENS
+    np.testing.assert_array_equal(adapter.leaves[ROWS], tree.flatten(trained.variables)[ROWS])
+
+
+@pytest.mark.parametrize(
+    "group, says",
+    [
+        ({"trainable_token_indices": (53,)}, "lora.trainable_token_indices: no 53 in embeddings"),
+        ({"targets": ("word",)}, "embeddings/word is in peft.lora.targets, too"),
+        ({"modules_to_save": ("embeddings",)}, "is in peft.lora.modules_to_save, too"),
+    ],
+)
+def test_what_is_refused_beside_lora(base, group, says):
+    with pytest.raises(Mistake, match=says):
+        peft.build(base[0], ("lora",), {"lora": {"trainable_token_indices": (1,)} | group})
 
 
 @pytest.mark.parametrize(

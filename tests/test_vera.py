@@ -91,7 +91,7 @@ def changed(folder, field, value):
     "field, value, says",
     [
         ("save_projection", False, "only torch's random numbers make them again"),
-        ("bias", "vera_only", "field 'bias' is \"vera_only\", which is not known here"),
+        ("bias", "lora_only", "no 'lora_only'; did you mean 'vera_only'"),
         ("r", 4, r"'base_model.vera_A' has shape \[3, 24\], the model needs \[4, 24\]"),
         ("vera_dropout", 1.0, "dropout is 1.0"),
     ],

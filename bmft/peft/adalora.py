@@ -31,7 +31,7 @@ import numpy as np
 
 from bmft import layers, names, peft, tree
 from bmft.errors import Mistake, nearest
-from bmft.peft import convolution, matching
+from bmft.peft import beside, convolution, matching
 from bmft.peft.files import Files, Layout
 from bmft.peft.portable import PREFIX
 
@@ -54,13 +54,15 @@ def make(
     dropout: float = 0.0,
     targets: tuple[str, ...] = ("query", "value"),
     layers_to_transform: tuple[int, ...] | None = None,
+    bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
 ):
     """tinit, tfinal: steps before ranks begin to fall, and after they have fallen. delta_t: steps
     from one choice to the next. beta1, beta2: how importance and its deviation are smoothed.
-    orthogonality: weight of the penalty."""
+    orthogonality: weight of the penalty. bias: LoRA's."""
     plan = Plan(target_rank, init_rank, tinit, tfinal, delta_t, beta1, beta2)
     _check(plan, orthogonality, alpha, dropout)
+    beside.check_bias("adalora", bias, "lora_only")
     table = model.names
     saved = names.saved(table, modules_to_save)
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
@@ -85,15 +87,7 @@ def make(
             update = ((x @ a) * (e * scale)) @ b
         return out + update.astype(out.dtype)
 
-    def moves(path):
-        collection, _, base = path.partition("/")
-        own = collection == "peft" and base.rpartition("/")[2] in LEAVES
-        return "adalora" if own or (collection == "params" and base in saved) else None
-
-    def rows(path):
-        collection, _, base = path.partition("/")
-        mask = (sites if collection == "peft" else whole)[base.rpartition("/")[0]]
-        return None if mask.all() else mask
+    moves, rows = beside.moves("adalora", sites, LEAVES, saved, bias)
 
     settings = {
         "peft_type": "ADALORA",
@@ -103,7 +97,7 @@ def make(
         "orth_reg_weight": orthogonality,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": dropout,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -357,6 +351,7 @@ def _arguments(fields, table):
         "alpha": float(fields["lora_alpha"]),
         "dropout": float(fields["lora_dropout"]),
         "targets": matching.exact_names(table, sites),
+        "bias": fields["bias"],
         "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
@@ -377,11 +372,12 @@ LAYOUT = Layout(
         "lora_alpha": ((int, float), 8),
         "lora_dropout": ((int, float), 0.0),
         "rank_pattern": ((dict,), None),
+        "bias": ((str,), "none"),
     },
     # r is LoRA's, which PEFT does not look at here; the length of the run and the start are of no
     # matter afterwards; fan_in_fan_out speaks of GPT-2's layers.
     ignored=("r", "total_step", "init_lora_weights", "fan_in_fan_out"),
-    defaults={"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16},
+    defaults={"megatron_core": "megatron.core", "qalora_group_size": 16},
     arguments=_arguments,
 )
 

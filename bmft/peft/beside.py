@@ -6,9 +6,9 @@ import numpy as np
 from bmft.errors import Mistake, nearest
 
 
-def check_bias(name, bias):
-    """Mistake for a `bias` that a method does not know."""
-    known = ("none", "all", f"{name}_only")
+def check_bias(name, bias, only=None):
+    """Mistake for a `bias` that a method does not know; only: PEFT's word, if not <name>_only."""
+    known = ("none", "all", only or f"{name}_only")
     if bias not in known:
         raise Mistake(f"peft.{name}.bias: no {bias!r}; {nearest(bias, known)}")
 
@@ -17,7 +17,7 @@ def moves(name, sites, leaves, saved, bias):
     """`moves` and `rows` of a method (bmft.peft.Method).
 
     sites: {module path: bool [l] or []}, where it has the leaves that are called as `leaves`;
-    saved: those of bmft.names.saved; bias: none, all, or <name>_only, which is those of the sites.
+    saved: those of bmft.names.saved; bias: none, all, or else those of the sites.
     """
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
 

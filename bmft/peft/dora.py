@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from bmft import peft
-from bmft.peft import low_rank, low_rank_files
+from bmft.peft import low_rank, low_rank_files, token_rows
 from bmft.peft.files import Files, Layout
 
 
@@ -37,6 +37,7 @@ def make(
     layers_to_transform: tuple[int, ...] | None = None,
     bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
+    trainable_token_indices: tuple[int, ...] = (),
 ):
     """The arguments are LoRA's."""
     plan = low_rank.plan(
@@ -85,7 +86,7 @@ def make(
         magnitude = {"lora_magnitude": tensors["lora_magnitude_vector"]}
         return decode(path, layer, tensors) | magnitude
 
-    return peft.Method(
+    method = peft.Method(
         "dora",
         lambda path: plan.moves(path, "lora_magnitude"),
         hook,
@@ -103,6 +104,7 @@ def make(
             kinds=("dense",),
         ),
     )
+    return token_rows.beside(method, model, trainable_token_indices)
 
 
 @jax.custom_vjp

@@ -26,7 +26,7 @@ import numpy as np
 
 from bmft import names, peft, tree
 from bmft.errors import Mistake, nearest
-from bmft.peft import matching
+from bmft.peft import beside, matching
 from bmft.peft.files import Files, Layout
 
 
@@ -40,15 +40,18 @@ def make(
     targets: tuple[str, ...] = ("query", "value"),
     n_frequency_pattern: tuple[str, ...] = (),
     layers_to_transform: tuple[int, ...] | None = None,
+    bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
 ):
     """n_frequency: entries of a module's spectrum that move; n_frequency_pattern: others by
     unstacked module name, `pattern=value`, the first that matches.
 
-    targets: names of dense layers, or `all-linear`. random_loc_seed: draws which entries.
+    targets: names of dense layers, or `all-linear`. random_loc_seed: draws which entries. bias:
+    none, all, or PEFT's fourier_only, which is those of the targets.
     """
     if n_frequency < 1:
         raise Mistake(f"peft.fourierft.n_frequency is {n_frequency}; it must be 1 or more")
+    beside.check_bias("fourierft", bias, "fourier_only")
     table, patterns = model.names, _patterns(n_frequency_pattern)
     saved = names.saved(table, modules_to_save)
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
@@ -70,15 +73,7 @@ def make(
         change = _change(spectrum, entries(path, kernel), kernel.shape)
         return out + (args[0].astype(jnp.float32) @ change).astype(out.dtype)
 
-    def moves(path):
-        collection, _, base = path.partition("/")
-        own = collection == "peft" and base.endswith("/fourierft_spectrum")
-        return "fourierft" if own or (collection == "params" and base in saved) else None
-
-    def rows(path):
-        module = path.partition("/")[2].rpartition("/")[0]
-        mask = (sites if path.startswith("peft/") else whole)[module]
-        return None if mask.all() else mask
+    moves, rows = beside.moves("fourierft", sites, ("fourierft_spectrum",), saved, bias)
 
     def merge(params, added):
         flat, own = tree.flatten(params), tree.flatten(added["peft"])
@@ -97,7 +92,7 @@ def make(
         "scaling": scaling,
         "random_loc_seed": random_loc_seed,
         "init_weights": init_weights,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": False,
     }
     return peft.Method(
@@ -260,6 +255,7 @@ def _arguments(fields, table):
         "n_frequency_pattern": tuple(
             f"{name}={count}" for name, count in zip(called, found, strict=True)
         ),
+        "bias": fields["bias"],
         "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
@@ -274,8 +270,9 @@ LAYOUT = Layout(
         "scaling": ((int, float), 150.0),
         "random_loc_seed": ((int,), 777),
         "init_weights": ((bool,), False),
+        "bias": ((str,), "none"),
     },
     ignored=("fan_in_fan_out",),  # it speaks of GPT-2's layers
-    defaults={"bias": "none"},
+    defaults={},
     arguments=_arguments,
 )

@@ -18,7 +18,7 @@ Shapes: l layers of a stack, r the largest rank of a module over its layers (bmf
 
 from bmft import peft
 from bmft.errors import Mistake
-from bmft.peft import convolution, low_rank, low_rank_files
+from bmft.peft import convolution, low_rank, low_rank_files, token_rows
 from bmft.peft.files import Files, Layout
 
 
@@ -35,12 +35,14 @@ def make(
     layers_to_transform: tuple[int, ...] | None = None,
     bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
+    trainable_token_indices: tuple[int, ...] = (),
     grouped: bool = True,
 ):
     """rank_pattern, alpha_pattern: `pattern=value` by unstacked module name, first match wins.
 
     targets: names, `all-linear`, `all-conv`. grouped: A of a convolution in groups is in groups,
     too, so that it merges; False: it reads all channels, as PEFT's does, and PEFT's are read.
+    trainable_token_indices: ids of tokens whose rows of the word embedding move, too.
     """
     plan = low_rank.plan(
         model,
@@ -56,7 +58,7 @@ def make(
         bias=bias,
         modules_to_save=modules_to_save,
     )
-    return of(plan, grouped)
+    return token_rows.beside(of(plan, grouped), model, trainable_token_indices)
 
 
 def of(plan, grouped):

@@ -12,7 +12,7 @@ is no multiple of A's.
 """
 
 from bmft.errors import Mistake
-from bmft.peft import lora, low_rank
+from bmft.peft import lora, low_rank, token_rows
 
 VECTORS = ("bias", "scale")  # of base leaves
 
@@ -31,6 +31,7 @@ def make(
     layers_to_transform: tuple[int, ...] | None = None,
     bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
+    trainable_token_indices: tuple[int, ...] = (),
     grouped: bool = True,
 ):
     """ratio: of B's rate to A's, the paper's λ; the others are LoRA's."""
@@ -56,4 +57,5 @@ def make(
         label, leaf = plan.moves(path), path.rpartition("/")[2]
         return f"{label}*{ratio:g}" if label and leaf in ("lora_b", *VECTORS) else label
 
-    return lora.of(plan, grouped)._replace(moves=moves)
+    method = lora.of(plan, grouped)._replace(moves=moves)
+    return token_rows.beside(method, model, trainable_token_indices)

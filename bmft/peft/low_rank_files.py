@@ -3,6 +3,7 @@
     <module>.lora_A.weight [r, in]           <module>.lora_B.weight [out, r]
     <module>.lora_A.weight [r, in, kh, kw]   <module>.lora_B.weight [out, r / groups, 1, 1]
     <module>.lora_embedding_A [r, v]         <module>.lora_embedding_B [d, r]
+    <word embedding>.token_adapter...        bmft/peft/token_rows.py
 
 The scale is in no tensor: PEFT computes it from r, lora_alpha, use_rslora and the patterns.
 """
@@ -11,7 +12,7 @@ import numpy as np
 
 from bmft import names
 from bmft.errors import Mistake
-from bmft.peft import low_rank, matching, patterns
+from bmft.peft import low_rank, matching, patterns, reading, token_rows
 
 # Fields of PEFT's configuration: {field: (types, PEFT's default)}.
 FIELDS = {
@@ -23,6 +24,7 @@ FIELDS = {
     "rank_pattern": ((dict,), {}),
     "alpha_pattern": ((dict,), {}),
     "init_lora_weights": ((bool, str), True),
+    "trainable_token_indices": ((list[int], dict), None),
 }
 # fan_in_fan_out speaks of GPT-2's layers; how the start was found is of no matter afterwards.
 IGNORED = ("fan_in_fan_out", "eva_config")
@@ -95,4 +97,23 @@ def arguments(fields, table):
         "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
+        "trainable_token_indices": _tokens(fields["trainable_token_indices"], table),
     }
+
+
+def _tokens(given, table):
+    """The ids of trainable_token_indices: a list, or {module: list} of the word embedding alone.
+
+    PEFT takes a module whose name ends in the given one, dot or not, as for modules_to_save.
+    """
+    if not isinstance(given, dict):
+        return tuple(given or ())
+    for name, ids in given.items():
+        if len(given) > 1 or set(matching.saved(table, [name])) != {token_rows.WORD}:
+            modules = " and ".join(map(repr, given))
+            raise Mistake(
+                f"trainable_token_indices is of {modules}: only the word embedding's are known here"
+            )
+        if not reading.is_of(ids, list[int]):
+            raise Mistake(f"trainable_token_indices: {name!r} has no list of ids")
+    return tuple(*given.values())

@@ -28,7 +28,7 @@ import numpy as np
 
 from bmft import peft
 from bmft.errors import Mistake
-from bmft.peft import low_rank, low_rank_files
+from bmft.peft import low_rank, low_rank_files, token_rows
 from bmft.peft.files import Files
 
 
@@ -45,6 +45,7 @@ def make(
     layers_to_transform: tuple[int, ...] | None = None,
     bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
+    trainable_token_indices: tuple[int, ...] = (),
 ):
     """The arguments are LoRA's."""
     plan = low_rank.plan(
@@ -84,7 +85,7 @@ def make(
         update -= low_rank.update(module, x, a0, b0, scale)
         return out + update.astype(out.dtype)
 
-    return peft.Method(
+    method = peft.Method(
         "pissa",
         plan.moves,
         hook,
@@ -94,6 +95,7 @@ def make(
         identity=1e-5,  # two equal products of the size of base(x), which may be compiled apart
         files=_files(plan),
     )
+    return token_rows.beside(method, model, trainable_token_indices)
 
 
 def principal(kernel, scale):

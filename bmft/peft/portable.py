@@ -213,7 +213,7 @@ def _embeddings(names):
     return {
         f"{PREFIX}{name}{inside}.weight": f"{path}/embedding"
         for path, name in names.modules("embed").items()
-        for inside in ("", ".base_layer")
+        for inside in ("", ".base_layer", ".token_adapter.base_layer")
     }
 
 

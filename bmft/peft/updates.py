@@ -38,7 +38,8 @@ def of(adapter, called):
     own = [path for path in adapter.leaves if path.startswith("peft")]
     if adapter.names != ("lora",) or any(path.rpartition("/")[2] not in FACTORS for path in own):
         methods = " + ".join(adapter.names)
-        raise Mistake(f"{called} is no plain LoRA but {methods}: `convert` makes one of it")
+        rows = " with token rows" if adapter.names == ("lora",) else ""
+        raise Mistake(f"{called} is no plain LoRA but {methods}{rows}: `convert` makes one of it")
     constants, found = tree.flatten(peft.constants(adapter.methods)), {}
     for path, mask in adapter.methods[0].files.sites.items():
         a, b = (adapter.leaves[f"peft/{path}/{name}"] for name in FACTORS)

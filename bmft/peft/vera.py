@@ -17,7 +17,7 @@ import jax
 
 from bmft import names, peft, tree
 from bmft.errors import Mistake
-from bmft.peft import matching
+from bmft.peft import beside, matching
 from bmft.peft.files import Files, Layout
 
 LAMBDAS = ("vera_lambda_d", "vera_lambda_b")
@@ -32,10 +32,12 @@ def make(
     d_initial: float = 0.1,
     targets: tuple[str, ...] = ("query", "value"),
     layers_to_transform: tuple[int, ...] | None = None,
+    bias: str = "none",
     modules_to_save: tuple[str, ...] = (),
 ):
     """targets: names of dense layers, or `all-linear`. d_initial: where lambda_d starts."""
     _check(rank, dropout)
+    beside.check_bias("vera", bias)
     table = model.names
     saved = names.saved(table, modules_to_save)
     whole = {path.rpartition("/")[0]: mask for path, mask in saved.items()}
@@ -62,15 +64,7 @@ def make(
         a, b = _parts(peft.shared("vera"), x.shape[-1], out.shape[-1])
         return out + (((x @ a) * lambda_d) @ b * lambda_b).astype(out.dtype)
 
-    def moves(path):
-        collection, _, base = path.partition("/")
-        own = collection == "peft" and base.rpartition("/")[2] in LAMBDAS
-        return "vera" if own or (collection == "params" and base in saved) else None
-
-    def rows(path):
-        module = path.partition("/")[2].rpartition("/")[0]
-        mask = (sites if path.startswith("peft/") else whole)[module]
-        return None if mask.all() else mask
+    moves, rows = beside.moves("vera", sites, LAMBDAS, saved, bias)
 
     settings = {
         "peft_type": "VERA",
@@ -78,7 +72,7 @@ def make(
         "vera_dropout": dropout,
         "d_initial": d_initial,
         "save_projection": True,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": False,
     }
     return peft.Method(
@@ -161,6 +155,7 @@ def _arguments(fields, table):
         "dropout": float(fields["vera_dropout"]),
         "d_initial": float(fields["d_initial"]),
         "targets": matching.exact_names(table, matching.targets(table, fields, ("dense",))),
+        "bias": fields["bias"],
         "modules_to_save": matching.exact_names(
             table, {path: mask for path, mask in saved.items() if path not in heads}
         ),
@@ -174,9 +169,10 @@ LAYOUT = Layout(
         "vera_dropout": ((int, float), 0.0),
         "d_initial": ((int, float), 0.1),
         "save_projection": ((bool,), True),
+        "bias": ((str,), "none"),
     },
     # fan_in_fan_out speaks of GPT-2's layers; how the start was found is of no matter afterwards.
     ignored=("fan_in_fan_out", "init_weights", "projection_prng_key"),
-    defaults={"bias": "none"},
+    defaults={},
     arguments=_arguments,
 )

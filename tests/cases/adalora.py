@@ -10,6 +10,7 @@ SETTINGS = [
         "orthogonality": 0.2,
         "targets": ("all-linear",),
         "layers_to_transform": (0, 2),
+        "bias": "lora_only",
         "modules_to_save": ("pooler",),
     },
 ]
@@ -31,3 +32,11 @@ CASES = {
         },
     ),
 }
+for peft, ours in (("all", "lora_only"), ("lora_only", "all")):
+    CASES[f"adalora_bias_{peft}"] = Case(
+        "AdaLoraConfig",
+        {"init_r": 3, "total_step": 10, "target_modules": ["value"], "bias": peft},
+        {"init_rank": 3, "targets": ("mlp.down",), "layers_to_transform": (0, 2), "bias": ours},
+        families=("bert",),
+        golden=False,
+    )

@@ -1,4 +1,5 @@
 from cases import Case
+from cases.token_rows import MANY
 
 SETTINGS = [
     {"rank": 3, "alpha": 7.0, "targets": ("all-linear",)},
@@ -48,5 +49,18 @@ CASES = {
             "alpha_pattern": ("value=2",),
         },
         families=("bert",),
+    ),
+    "dora_tokens": Case(
+        "LoraConfig",
+        {
+            "use_dora": True,
+            "r": 3,
+            "lora_alpha": 7,
+            "target_modules": ["value"],
+            "trainable_token_indices": {"embeddings.word_embeddings": list(MANY)},
+        },
+        {"rank": 3, "alpha": 7.0, "targets": ("value",), "trainable_token_indices": MANY[::-1]},
+        families=("bert",),
+        golden=False,
     ),
 }

@@ -9,6 +9,7 @@ SETTINGS = [
         "n_frequency_pattern": ("layer.1.*query=110",),
         "layers_to_transform": (1, 2),
         "init_weights": True,
+        "bias": "all",
     },
 ]
 CASES = {
@@ -35,6 +36,7 @@ CASES = {
                 "1.intermediate.dense": 8,
             },
             "layers_to_transform": [0, 1],
+            "bias": "fourier_only",
         },
         {
             "n_frequency": 30,
@@ -43,8 +45,16 @@ CASES = {
             "targets": ("query", "mlp.up"),
             "n_frequency_pattern": ("layers.0.*=12", "query=50"),
             "layers_to_transform": (0, 1),
+            "bias": "all",
             "modules_to_save": ("pooler",),
         },
+        families=("bert",),
+        golden=False,
+    ),
+    "fourierft_biases": Case(
+        "FourierFTConfig",
+        {"n_frequency": 30, "scaling": 25.0, "target_modules": ["value"], "bias": "all"},
+        {"n_frequency": 30, "scaling": 25.0, "targets": ("down",), "bias": "fourier_only"},
         families=("bert",),
         golden=False,
     ),

@@ -1,10 +1,17 @@
 from cases import Case
+from cases.token_rows import MANY
 
 # alpha is unlike rank, and targets include layers that are not square; 24 wide, three layers.
 SETTINGS = [
     {"rank": 3, "alpha": 7.0},
     {"rank": 3, "alpha": 7.0, "rslora": True, "targets": ("all-linear",)},
-    {"rank": 2, "alpha": 5.0, "targets": ("attention.output", "intermediate.dense"), "bias": "all"},
+    {
+        "rank": 2,
+        "alpha": 5.0,
+        "targets": ("attention.output", "intermediate.dense"),
+        "bias": "all",
+        "trainable_token_indices": (9, 4, 50, 31),
+    },
     {
         "rank": 2,
         "alpha": 5.0,
@@ -33,5 +40,24 @@ CASES = {
             "targets": ("embeddings.word", "position", "value"),
             "alpha_pattern": ("word=4",),
         },
-    )
+    ),
+    "lora_tokens": Case(
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 7,
+            "target_modules": ["query", "intermediate.dense"],
+            "bias": "lora_only",
+            "trainable_token_indices": list(MANY),
+        },
+        {
+            "rank": 3,
+            "alpha": 7.0,
+            "targets": ("query", "up", "position"),
+            "modules_to_save": ("embeddings.norm",),
+            "trainable_token_indices": MANY,
+        },
+        families=("bert",),
+        golden=False,
+    ),
 }

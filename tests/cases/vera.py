@@ -7,6 +7,7 @@ SETTINGS = [
         "d_initial": 2.0,
         "targets": ("query", "mlp.down"),
         "layers_to_transform": (0, 2),
+        "bias": "vera_only",
         "modules_to_save": ("attention.output",),
     },
 ]
@@ -29,6 +30,7 @@ CASES = {
             "layers_to_transform": [0, 2],
             "modules_to_save": ["attention.output.dense"],
             "vera_dropout": 0.1,
+            "bias": "vera_only",
         },
         {
             "rank": 4,
@@ -36,7 +38,15 @@ CASES = {
             "layers_to_transform": (0, 2),
             "modules_to_save": ("attention.output",),
             "dropout": 0.1,
+            "bias": "all",
         },
+        families=("bert",),
+        golden=False,
+    ),
+    "vera_biases": Case(
+        "VeraConfig",
+        {"r": 4, "target_modules": ["value"], "bias": "all"},
+        {"rank": 4, "targets": ("value", "down"), "bias": "vera_only"},
         families=("bert",),
         golden=False,
     ),

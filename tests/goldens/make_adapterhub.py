@@ -10,8 +10,8 @@ environment of its own:
     python tests/goldens/make_adapterhub.py write DIR            what we write, and our logits of it
     ENV/bin/python tests/goldens/make_adapterhub.py check DIR    the package's logits of that
 
-`make` trains adapters on the tiny models of make_goldens.py, `check` fails where one of its logits
-is not ours to 1e-5.
+`make` trains adapters on the tiny models of make_goldens.py, of which the RoBERTa is the
+XLM-RoBERTa, too; `check` fails where one of its logits is not ours to 1e-5.
 """
 
 import json
@@ -27,7 +27,8 @@ sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
 import examples  # noqa: E402
 
 LENGTHS, OUTPUTS = (13, 5, 9, 2), 5
-TYPES, PADDING = {"bert": 2, "roberta": 2, "distilbert": 0}, {"bert": 0, "roberta": 1}
+TYPES = {"bert": 2, "roberta": 2, "xlm-roberta": 2, "distilbert": 0}
+PADDING = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "distilbert": 0}
 # AdapterModel's heads of the same function as ours; a class of transformers has its own, STATIC.
 STATIC, POOLED = None, {"layers": 1, "activation_function": None, "use_pooler": True}
 TANH, RELU = ({"layers": 2, "activation_function": name} for name in ("tanh", "relu"))
@@ -47,6 +48,8 @@ TRAINED = {
     ),
     "distilbert-seq_bn": ("SeqBnConfig", {"reduction_factor": 0.5 * 16}, RELU),
     "distilbert-par_bn": ("ParBnConfig", {"leave_out": [0]}, STATIC),
+    "xlm-roberta-seq_bn": ("SeqBnConfig", {"reduction_factor": 6, "leave_out": [2]}, STATIC),
+    "xlm-roberta-double_seq_bn": ("DoubleSeqBnConfig", {"reduction_factor": 7}, TANH),
 }
 HOULSBY = {"kind": "houlsby", "norms": False}
 # name -> (group of our method, base paths that move as if no file had them)
@@ -59,6 +62,8 @@ WRITTEN = {
     "distilbert-houlsby": (HOULSBY | {"nonlinearity": "swish"}, ()),
     "distilbert-pfeiffer": ({"kind": "pfeiffer", "reduction": 100}, ()),
     "distilbert-parallel": ({"kind": "parallel", "reduction": 3, "init": "bert"}, ()),
+    "xlm-roberta-houlsby": (HOULSBY | {"reduction": 4}, ()),
+    "xlm-roberta-parallel": ({"kind": "parallel", "reduction": 5}, ()),
 }
 
 
@@ -67,7 +72,7 @@ def tokens(family):
 
 
 def family_of(name):
-    return name.partition("-")[0]
+    return name.rpartition("-")[0]
 
 
 # --- AdapterHub's side -----------------------------------------------------------------------
@@ -76,7 +81,7 @@ def family_of(name):
 def batch_of(family):
     import torch
 
-    batch = examples.padded(tokens(family), PADDING.get(family, 0))
+    batch = examples.padded(tokens(family), PADDING[family])
     if family == "distilbert":
         del batch["token_type_ids"]
     return {key: torch.tensor(value) for key, value in batch.items()}
@@ -137,7 +142,19 @@ def train(name, config, settings, head):
     return logits_of(model, family)
 
 
+def make_xlm_roberta():
+    """The tiny RoBERTa as an XLM-RoBERTa: they are one architecture."""
+    folder, weights = FOLDER / "xlm-roberta", "model.safetensors"
+    folder.mkdir(exist_ok=True)
+    fields = json.loads((FOLDER / "roberta" / "config.json").read_text())
+    named = {"architectures": ["XLMRobertaForSequenceClassification"], "model_type": folder.name}
+    (folder / "config.json").write_text(json.dumps(fields | named, indent=2, sort_keys=True) + "\n")
+    (folder / weights).unlink(missing_ok=True)
+    (folder / weights).symlink_to(f"../roberta/{weights}")
+
+
 def make():
+    make_xlm_roberta()
     logits = {name: train(name, *case) for name, case in TRAINED.items()}
     np.savez(FOLDER / "adapterhub.npz", **logits)
 

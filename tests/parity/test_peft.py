@@ -280,6 +280,21 @@ def test_what_peft_itself_cannot_run(bases):
         trained_by_peft(base_of(folder), ALL_LINEAR, batches(model)[0])
 
 
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        ({"target_modules": ["word_embeddings"]}, TypeError),
+        ({"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}, ValueError),
+    ],
+)
+def test_rows_of_an_embedding_that_is_trained_otherwise(bases, settings, error):
+    """trainable_token_indices of it: PEFT cannot, and ours says so."""
+    folder, model, _, _ = bases["bert"]
+    settings = settings | {"trainable_token_indices": [3]}
+    with pytest.raises(error, match="trainable_token_indices cannot be|wraps an unknown layer"):
+        trained_by_peft(base_of(folder), settings, batches(model)[0])
+
+
 def test_minilm(tmp_path):
     model = models.find("minilm", outputs=3)
     read = weights.load(model, jax.random.key(0))
