@@ -149,8 +149,7 @@ def make_xlm_roberta():
     fields = json.loads((FOLDER / "roberta" / "config.json").read_text())
     named = {"architectures": ["XLMRobertaForSequenceClassification"], "model_type": folder.name}
     (folder / "config.json").write_text(json.dumps(fields | named, indent=2, sort_keys=True) + "\n")
-    (folder / weights).unlink(missing_ok=True)
-    (folder / weights).symlink_to(f"../roberta/{weights}")
+    shutil.copyfile(FOLDER / "roberta" / weights, folder / weights)
 
 
 def make():
