@@ -174,6 +174,8 @@ def _draw(picture, summaries, metric, title):
     axes = figure.add_subplot(xscale="log", xlabel="numbers that move", ylabel=metric)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
+    if len({one.moving for one in shown}) == 1:  # a scale of one number has no width
+        axes.set_xlim(shown[0].moving / 2, shown[0].moving * 2)
     axes.errorbar(
         [one.moving for one in shown],
         [one.mean for one in shown],
@@ -181,8 +183,6 @@ def _draw(picture, summaries, metric, title):
         fmt="o", markersize=5, elinewidth=1, ecolor="0.75", zorder=3,
     )  # fmt: skip
     axes.margins(x=0.12, y=0.08)
-    if len({one.moving for one in shown}) == 1:  # a scale of one number has no width
-        axes.set_xlim(shown[0].moving / 2, shown[0].moving * 2)
     points = [(one.moving, one.mean) for one in shown]
     _label(figure, axes, [one.method for one in shown], points)
     unfinished = picture.with_name("." + picture.name)
