@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from bmft import layers, models, peft, quantize, sharding, train, tree
+from bmft import models, peft, quantize, train, tree
 from bmft.errors import Mistake
 from bmft.models import weights
 
@@ -132,71 +131,92 @@ def test_which_kernels_are_left(folder):
         left("nf5", "lora")
 
 
-# Methods of every kind, each on modules of its own: two groups are as good as a dozen models.
+# Methods of every kind, each on modules of its own: three groups are as good as a dozen models.
 A = {
     "lora": {"rank": 3, "alpha": 7.0, "targets": ("query", "pooler")},
-    "dora": {"rank": 2, "alpha": 5.0, "targets": ("key",)},
+    "loha": {"rank": 2, "alpha": 7.0, "targets": ("key",)},
     "oft": {"blocks": 4, "targets": ("value",)},
     "boft": {"block_size": 8, "targets": ("attention.output",)},
     "vera": {"rank": 5, "d_initial": 0.7, "targets": ("mlp.up",)},
     "fourierft": {"n_frequency": 60, "scaling": 30.0, "targets": ("mlp.down",)},
 }
 B = {
-    "loha": {"rank": 2, "alpha": 7.0, "targets": ("query",)},
-    "lokr": {"rank": 3, "alpha": 7.0, "targets": ("key",)},
+    "lokr": {"rank": 3, "alpha": 7.0, "targets": ("query",)},
+    "dora": {"rank": 2, "alpha": 5.0, "targets": ("key", "mlp.up")},
     "ia3": {"targets": ("value", "mlp.down"), "feedforward": ("mlp.down",)},
-    "pissa": {"rank": 2, "alpha": 5.0, "targets": ("attention.output",)},
-    "adalora": {"targets": ("mlp.up",)},
-    "bitfit": {},
 }
-C = {"adapter": {"kind": "houlsby", "reduction": 4}, "prefix_tuning": {"tokens": 3}}
+C = {
+    "pissa": {"rank": 2, "alpha": 5.0, "targets": ("attention.output",)},
+    "adapter": {"kind": "houlsby", "reduction": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """(params, batch) -> logits of the model alone."""
+    model = models.find(str(folder), outputs=tiny.OUTPUTS)
+    return tiny.hasty(lambda params, batch: model.module.apply({"params": params}, batch))
 
 
 @pytest.mark.parametrize(("groups", "how"), [(A, "nf4"), (B, "int8"), (C, "int4")])
-def test_methods_see_what_the_kernels_stand_for(folder, groups, how):
-    """Outputs, gradients and what is merged are those of a float model with these kernels."""
+def test_methods_see_what_the_kernels_stand_for(folder, plain, groups, how):
+    """Outputs, and what is merged, are those of a float model with these kernels."""
     model, loaded = load(folder, how)
     methods = peft.build(model, tuple(groups), groups)
-    attached, batch = peft.attach(methods, model), tiny.batch()
-    if any(method.virtual_tokens for method in methods):
-        batch = tiny.batch(virtual=peft.virtual_ids(methods, model))
-    base = {"params": tree.map_with_path(lambda path, leaf: jnp.asarray(leaf), loaded.leaves())}
-    add = tiny.hasty(attached.add)
-    added = add(jax.random.key(1), loaded.variables())
-    both = tree.flatten(added), tree.flatten(add(jax.random.key(1), base))
-    for path, leaf in both[0].items():  # PiSSA's start too is of the dequantized kernels
-        if "pissa" not in path and "attention/output/lora" not in path:
-            np.testing.assert_allclose(leaf, both[1][path], rtol=1e-5, atol=1e-6, err_msg=path)
+    attached, batch, quantized = peft.attach(methods, model), tiny.batch(), loaded.variables()
+    floats = {"params": jax.tree.map(jnp.asarray, loaded.leaves())}
+    added = tiny.hasty(attached.add)(jax.random.key(1), quantized)
+    _check_start(groups, added, floats["params"])
     added = _somewhere(added)
-    claims = peft.claims(
-        methods,
-        [path for path in tree.flatten(loaded.variables() | added) if peft.may_move(path)],
-        heads=model.heads,
-    )
+    compute = tiny.hasty(attached.apply)
+    found = compute(quantized | added, batch)
+    wanted = compute(floats | added, batch)
+    assert abs(found - plain(floats["params"], batch)).max() > 0.05
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    if groups is not C:  # an adapter is no change of weights
+        merged = peft.merge(methods, floats["params"], added)
+        np.testing.assert_allclose(plain(merged, batch), found, rtol=1e-3, atol=1e-4)
 
-    def objective(moving, frozen):
-        forward = train.bind(attached.apply, tree.join(moving, frozen))
-        logits = forward(batch, train=False)
-        return (logits**2).mean(), logits
 
-    compute, found = tiny.hasty(jax.value_and_grad(objective, has_aux=True)), {}
-    for name, variables in (("quantized", loaded.variables()), ("floats", base)):
-        parts = tree.split(variables | added, lambda path: path in claims)
-        (_, logits), grads = compute(*parts)
-        found[name] = logits, tree.flatten(grads)
-    of_quantized, of_floats = found["quantized"], found["floats"]
-    np.testing.assert_allclose(of_quantized[0], of_floats[0], rtol=1e-4, atol=1e-5)
-    assert not any(path.startswith("quant") for path in of_quantized[1])
-    for path, grad in of_floats[1].items():
-        size = float(abs(grad).max())
-        np.testing.assert_allclose(
-            of_quantized[1][path], grad, atol=1e-4 * size + 1e-7, err_msg=path
-        )
-    if groups is C:
-        return
-    merged = peft.merge(methods, base["params"], added)
-    plain = tiny.hasty(model.module.apply)({"params": merged}, batch)
-    np.testing.assert_allclose(plain, of_quantized[0], rtol=1e-3, atol=1e-4)
+def _check_start(groups, added, params):
+    """Leaves that start from kernels start from these."""
+    attention = (side["layers"]["attention"] for side in (added["peft"], params))
+    if "dora" in groups:
+        own, kernels = (side["key"] for side in attention)
+        lengths = np.linalg.norm(kernels["kernel"], axis=1)
+        np.testing.assert_allclose(own["lora_magnitude"], lengths, rtol=1e-5)
+    if "pissa" in groups:
+        own, kernels = (side["output"] for side in attention)
+        values = np.linalg.svd(np.asarray(kernels["kernel"]), compute_uv=False)[:, :2]
+        scaled = 2.5 * np.linalg.norm(own["lora_a"], axis=1) * np.linalg.norm(own["lora_b"], axis=2)
+        np.testing.assert_allclose(scaled, values, rtol=1e-4)
+
+
+def test_gradients_reach_what_moves(folder):
+    """Through quantized kernels, and DoRA's own rule, as through floats."""
+    model, loaded = load(folder, "nf4")
+    methods = peft.build(model, ("dora",), {"dora": B["dora"]})
+    attached, batch = peft.attach(methods, model), tiny.batch()
+    added = _somewhere(tiny.hasty(attached.add)(jax.random.key(1), loaded.variables()))
+    floats = {"params": jax.tree.map(jnp.asarray, loaded.leaves())}
+
+    def gradient(variables):
+        paths = [path for path in tree.flatten(variables) if peft.may_move(path)]
+        claims = peft.claims(methods, paths, heads=model.heads)
+        moving, frozen = tree.split(variables, lambda path: path in claims)
+
+        def objective(moving, frozen):
+            forward = train.bind(attached.apply, tree.join(moving, frozen))
+            return (forward(batch, train=False) ** 2).mean()
+
+        return tree.flatten(tiny.hasty(jax.grad(objective))(moving, frozen))
+
+    found, wanted = gradient(loaded.variables() | added), gradient(floats | added)
+    assert found.keys() == wanted.keys()
+    assert not any(path.startswith("quant") for path in found)
+    for path, grad in wanted.items():
+        close = 1e-4 * float(abs(grad).max())
+        np.testing.assert_allclose(found[path], grad, rtol=0, atol=close, err_msg=path)
 
 
 def _somewhere(added):
