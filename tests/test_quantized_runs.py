@@ -71,17 +71,17 @@ def test_no_block_is_parted():
 
 def test_shards_are_those_of_one_device(folder):
     model = models.find(str(folder), outputs=2)
-    kernels = weights.quantized(model, "nf4", lambda path: False)
+    kernels = weights.quantized(model, "int4", lambda path: False)
     rule = sharding.of_leaf(mesh_of(fsdp=2, tensor=2), model.sharding)
     key = jax.random.key(0)
     parts = weights.load(model, key, quantized=kernels, sharding=rule)
     alone = weights.load(model, key, quantized=kernels)
     for path, leaf in tree.flatten(parts.quant).items():
         assert np.array_equal(leaf, tree.flatten(alone.quant)[path]), path
-    codes = parts.quant["layers"]["mlp"]["down"]["nf4"]
+    codes = parts.quant["layers"]["mlp"]["down"]["int4"]
     assert {shard.data.shape for shard in codes.addressable_shards} == {(2, 32, 32)}
     again = weights.load(model, key, quantized=kernels, shared=alone)
-    assert again.quant["layers"]["mlp"]["up"]["nf4"] is alone.quant["layers"]["mlp"]["up"]["nf4"]
+    assert again.quant["layers"]["mlp"]["up"]["int4"] is alone.quant["layers"]["mlp"]["up"]["int4"]
 
 
 def test_parts_of_one_tensor_are_kernels_by_themselves(tmp_path):
