@@ -116,9 +116,9 @@ def _nf4(kernel_oi):
 
 
 def _int8(kernel_oi):
-    absmax = np.abs(kernel_oi).max(-1)
-    codes = np.rint(kernel_oi * (127 * _inverse(absmax))[:, None])
-    return {"int8": codes.astype(np.int8), "int8_scale": absmax / np.float32(127)}
+    scale = np.abs(kernel_oi).max(-1) / np.float32(127)
+    codes = np.rint(kernel_oi * _inverse(scale)[:, None])
+    return {"int8": codes.astype(np.int8), "int8_scale": scale}
 
 
 def _int4(kernel_oi):

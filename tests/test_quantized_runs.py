@@ -129,17 +129,18 @@ def test_few_layers_are_floats_at_a_time():
 # --- a run
 
 
-def test_a_run_goes_on_predicts_and_merges(folder, tmp_path, capsys):
+def test_a_run_is_restored_predicts_and_merges(folder, tmp_path, capsys):
     arguments = [
         *(f"--config.model.name={folder}", "--config.model.quantize=nf4"),
         *("--config.train.batch_size=16", "--config.optim.learning_rate=0.02"),
         *("--config.checkpoint.every=2", "--config.log.tensorboard=false"),
         *(f"--workdir={tmp_path / 'run'}", *tiny.data(tmp_path / "data")),
     ]
-    glue_lora.main([*arguments, "--config.train.steps=2"])
+    arguments += ["--config.train.steps=2"]
+    glue_lora.main(arguments)
     shown = capsys.readouterr().out
     assert "65,536 numbers of 6 stacks of kernels are quantized" in shown
-    glue_lora.main([*arguments, "--config.train.steps=4", "--config.export.merged=true"])
+    glue_lora.main([*arguments, "--config.export.merged=true"])  # restores the state
     assert "model: float32, merged into what nf4 makes of the base: 6 stacks" in (
         capsys.readouterr().out
     )
