@@ -6,7 +6,8 @@ k width of a head, v vocabulary. Kernels are [in, out]; a stack of blocks puts i
 Images and feature maps are [b, height, width, channels], kernels of convolutions [kh, kw, in, out].
 
 Precision: parameters come in whatever dtype the tree holds them; products are computed in `dtype`,
-norms and softmax in float32.
+norms and softmax in float32. The kernel of a `Dense` may be quantized (bmft/quantize.py): then its
+leaves lie in the collection `quant`, and it is dequantized where it is used.
 
 Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; `MLP` (its input
 and output, for parallel adapters), `Residual` and `PreNorm` (a block part's output before it meets
@@ -24,8 +25,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bmft import quantize
+
 # What differs by layer in a scanned stack: base parameters, a method's leaves and constants.
-STACKED = {"params": 0, "peft": 0, "peft_const": 0}
+STACKED = {"params": 0, "quant": 0, "peft": 0, "peft_const": 0}
 # A stream not named here is absent inside a scan, and its dropout silently off.
 STREAMS = {"params": True, "dropout": True, "peft": True}
 
@@ -104,6 +107,35 @@ def param(module, name, init, shape):
     return module.param(name, init, shape)
 
 
+def stored_kernel(module):
+    """The kernel of a module as it is stored: an array, or {leaf: array} if it is quantized; None
+    if there is none yet."""
+    if module.has_variable("params", "kernel"):
+        return module.get_variable("params", "kernel")
+    names = [name for name in quantize.AXES if module.has_variable("quant", name)]
+    return {name: module.get_variable("quant", name) for name in names} or None
+
+
+def kernel_of(module):
+    """The kernel [in, out] of a module, for hooks: dequantized, if need be."""
+    return as_array(stored_kernel(module))
+
+
+def as_array(kernel):
+    """The array of what `stored_kernel` gives."""
+    return quantize.kernel(kernel) if isinstance(kernel, dict) else kernel
+
+
+def product(x, kernel, dtype):
+    """x [..., in] @ kernel [in, out], as `stored_kernel` gives it, in `dtype`."""
+
+    def of(x, kernel):
+        return x.astype(dtype) @ as_array(kernel).astype(dtype)
+
+    # The backward pass dequantizes again: if not, the floats of all layers would be kept for it.
+    return jax.checkpoint(of)(x, kernel) if isinstance(kernel, dict) else of(x, kernel)
+
+
 class Dense(nn.Module):
     """x [..., in] @ kernel [in, out] + bias [out], in `dtype`."""
 
@@ -114,8 +146,10 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        kernel = stored_kernel(self)
+        if kernel is None:
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = product(x, kernel, self.dtype)
         if self.use_bias:
             y += param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y

@@ -119,11 +119,12 @@ def show_leaves(rows, console=None):
     """Print the start table, and what share of all numbers moves.
 
     rows: (path, shape, dtype, status, rule, count) with status `moved`, `added`, `measured`
-    (running statistics) or `frozen total`; the shares are those of the sum of all counts.
+    (running statistics), `quantized` or `frozen total`; shares are those of the sum of all counts.
     """
     console = console or _console()
     total = sum(row[-1] for row in rows)
-    moving = sum(row[-1] for row in rows if row[3] != "frozen total")
+    moving = sum(row[-1] for row in rows if row[3] not in ("frozen total", "quantized"))
+    quantized = [row[-1] for row in rows if row[3] == "quantized"]
     table = Table(title_justify="left")
     for name in ("leaf", "shape", "dtype", "status", "rule"):
         table.add_column(name, overflow="fold")
@@ -137,6 +138,9 @@ def show_leaves(rows, console=None):
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     console.print(table, markup=False)
     console.print(f"{moving:,} of {total:,} numbers move ({moving / total:.3%})", highlight=False)
+    if quantized:
+        kernels = f"{sum(quantized):,} numbers of {len(quantized)} stacks of kernels"
+        console.print(f"{kernels} are quantized ({sum(quantized) / total:.3%})", highlight=False)
 
 
 def show_table(columns, rows, console=None):

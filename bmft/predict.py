@@ -125,10 +125,11 @@ def load(where, *, base=None):
     if not where.is_dir():
         raise Mistake(f"there is no directory {str(where)!r}")
     settings = {"text": "text", "text_pair": None, "max_length": None, "to_rgb": False}
-    adapter = where
+    adapter, how = where, None
     record = _run_record(where)
     if record:
         base = base or record["config"]["model"]["name"]
+        how = record["config"]["model"].get("quantize")  # the base as it was trained on
         data = record["config"]["data"]
         settings |= {key: data[key] for key in settings if key in data}
         adapter = where / "adapter"
@@ -143,8 +144,9 @@ def load(where, *, base=None):
     if card.outputs is None:
         raise Mistake(f"{adapter} has no classifier: it cannot predict by itself")
     model = models.find(base, outputs=card.outputs)
-    loaded = weights.load(model, jax.random.key(0))
     read = files.read(adapter, model, fingerprint=weights.fingerprint(model))
+    kernels = weights.quantized(model, how, lambda path: f"params/{path}" in read.leaves)
+    loaded = weights.load(model, jax.random.key(0), quantized=kernels)
     variables = files.insert(read, loaded.variables(), loaded.fresh)
     labels = card.labels or (_numbered(card.outputs) if card.outputs > 1 else None)
     return _predictor(model, labels, read.methods, variables, settings, adapter)

@@ -3,6 +3,7 @@
 tables -> task -> model -> methods -> fit(...)          see experiments/glue_lora.py
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bmft import evaluate, export, models, optim, peft, sharding, tasks, train, tree
+from bmft import evaluate, export, models, optim, peft, quantize, sharding, tasks, train, tree
 from bmft.config import signature
 from bmft.data import text
 from bmft.data.batches import Batches, row_length
@@ -91,9 +92,11 @@ def write_exports(config, folder, model, methods, state, frozen, *, labels, fing
 
         export.adapter(folder / "adapter", write, beside)
     if config.export.merged:
+        kernels = quantize.described(frozen.get("quant", {}))
+        stored = {path: how for path, _, how, _ in kernels}
         export.merged(
             folder / "model",
-            load=lambda: weights.load(model, jax.random.key(0)).leaves(),
+            load=lambda: weights.load(model, jax.random.key(0), quantized=stored).leaves(),
             merge=lambda params: peft.merge(methods, params, peft.added(moving, still)),
             moving=moving,
             names=model.names,
@@ -101,6 +104,12 @@ def write_exports(config, folder, model, methods, state, frozen, *, labels, fing
             labels=labels,
             beside=beside,
         )
+        if stored:
+            how = kernels[0][2]
+            print(
+                f"{folder / 'model'}: float32, merged into what {how} makes of the base: "
+                f"{len(stored)} stacks of kernels are no longer those of {model.folder}"
+            )
 
 
 def _beside(moving, frozen):
@@ -109,7 +118,8 @@ def _beside(moving, frozen):
 
     def goes_along(path):
         module = path.partition("/")[2].rpartition("/")[0]
-        return not tree.under(path, peft.BASE) or module in moved
+        in_part = module in moved and not path.startswith("quant/")
+        return not tree.under(path, peft.BASE) or in_part
 
     return tree.split(frozen, goes_along)[0]
 
@@ -189,22 +199,33 @@ class Fit(NamedTuple):
     rows: list  # of the table that log.show_leaves prints
     loaded: weights.Loaded
 
+    @property
+    def count(self):
+        """How many numbers there are, moving or frozen; a quantized one counts as one."""
+        return sum(row[-1] for row in self.rows)
 
-def load(model, key, mesh, methods=(), shared=None):
+
+def load(model, key, mesh, methods=(), shared=None, quantize=None):
     """The base (`weights.Loaded`) in the model's dtype, but for what stays exact or moves.
 
-    shared: one loaded before, whose leaves it takes as they are.
+    shared: one loaded before, whose leaves it takes as they are. quantize: config.model.quantize.
     """
     exact = {*model.heads, *weights.FRESH}
     # A BatchNorm computes in float32, and is exported whole where its statistics moved.
     exact |= {leaf.path.rpartition("/")[0] for leaf in model.names.leaves if leaf.is_statistic}
 
-    def dtype(path):
-        moves = any(method.moves(f"params/{path}") for method in methods)
-        return jnp.float32 if moves or tree.under(path, exact) else model.module.dtype
+    def moves(path):
+        return any(method.moves(f"params/{path}") for method in methods)
 
+    def dtype(path):
+        return jnp.float32 if moves(path) or tree.under(path, exact) else model.module.dtype
+
+    kernels = weights.quantized(model, quantize, moves)
+    if quantize and not kernels:
+        print(f"model.quantize={quantize!r}: every kernel of the stack moves; none is quantized")
     sharded = sharding.of_leaf(mesh, model.sharding)
-    return weights.load(model, key, dtype=dtype, sharding=sharded, shared=shared)
+    about = {"dtype": dtype, "sharding": sharded, "shared": shared, "quantized": kernels}
+    return weights.load(model, key, **about)
 
 
 def fit(config, model, methods, mesh, steps, shared=None):
@@ -218,7 +239,7 @@ def fit(config, model, methods, mesh, steps, shared=None):
     begin, after = peft.memory(methods, steps)  # first: it may find the run too short
     key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
     whole = sharding.replicated(mesh)
-    loaded = load(model, key, mesh, methods, shared)
+    loaded = load(model, key, mesh, methods, shared, config.model.quantize)
     base = loaded.variables()
     add = jax.jit(peft.attach(methods, model).add, out_shardings=whole, compiler_options=_quickly())
     variables = base | add(add_key, base)
@@ -301,8 +322,8 @@ def _check_identity(apply, variables, model, methods):
 
 
 def _table(variables, labels, stats):
-    """Rows of the start table: a moving leaf each, running statistics that change in one, and all
-    that is frozen in one."""
+    """Rows of the start table: a moving leaf each, running statistics that change in one, a
+    quantized kernel each, and all else that is frozen in one."""
     leaves = tree.flatten(variables)
     rows = []
     for path, label in sorted(labels.items()):
@@ -311,7 +332,11 @@ def _table(variables, labels, stats):
         rows.append((path, leaf.shape, leaf.dtype, status, label, leaf.size))
     if stats:
         rows.append(("batch_stats", None, "float32", "measured", None, tree.count(stats)))
-    frozen = [leaf for path, leaf in leaves.items() if path not in labels]
+    for path, shape, how, bits in quantize.described(variables.get("quant", {})):
+        dtype = f"{how}, {bits:.2f} bits"
+        rows.append((path, shape, dtype, "quantized", "model.quantize", math.prod(shape)))
+    still = [path for path in leaves if path not in labels and not path.startswith("quant/")]
+    frozen = [leaves[path] for path in still]
     if frozen:
         dtypes = "/".join(sorted({str(leaf.dtype) for leaf in frozen}))
         total = sum(leaf.size for leaf in frozen)

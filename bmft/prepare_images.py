@@ -247,6 +247,7 @@ def reuse_features(config, fit, batches, problem, mesh):
     variables = train.variables(fit.state, fit.frozen)
     cache, resize = cache_directory(config.data.cache), problem.preprocessor.resize
     decisive = [problem.base, problem.preprocessor, pieces, str(jnp.dtype(module.dtype))]
+    decisive += [config.model.quantize] * bool(config.model.quantize)
     found = {}
     for split, table in problem.tables.items():
         about = [*decisive, images.content_key(table)]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bmft import tree
+from bmft import quantize, tree
 from bmft.errors import Mistake
 
 AXES = ("data", "fsdp", "tensor")
@@ -56,20 +56,47 @@ def replicated(mesh):
 def of_leaf(mesh, rules):
     """(path, shape) -> NamedSharding, by the first of the `(pattern, axes)` rules that matches.
 
+    A leaf `quant/...` of a quantized kernel lies as the rule of that kernel says, but that its
+    inputs are never split by `fsdp`.
     Raises Mistake, with leaf, shape and mesh, where no rule matches or an axis does not divide.
     """
 
-    def sharding(path, shape):
+    def axes_of(path, shape):
+        if path.startswith("quant/"):
+            module, _, leaf = path.removeprefix("quant/").rpartition("/")
+            return _quantized(axes_of(f"{module}/kernel", shape), quantize.AXES[leaf])
         axes = next((axes for pattern, axes in rules if tree.match(pattern, path)), None)
         if axes is None:
             raise Mistake(f"mesh: no sharding rule for {path} {list(shape)}")
-        for size, axis in zip(shape, axes, strict=False):
-            if axis and size % mesh.shape[axis]:
-                named = f"{axis}={mesh.shape[axis]}"
-                raise Mistake(f"mesh: {named} does not divide {size} of {path} {list(shape)}")
+        return axes
+
+    def sharding(path, shape):
+        axes = axes_of(path, shape)
+        for size, split in zip(shape, axes, strict=False):
+            for axis in (split,) if isinstance(split, str) else split or ():
+                if size % mesh.shape[axis]:
+                    named = f"{axis}={mesh.shape[axis]}"
+                    raise Mistake(f"mesh: {named} does not divide {size} of {path} {list(shape)}")
+                size //= mesh.shape[axis]
         return NamedSharding(mesh, P(*axes))
 
     return sharding
+
+
+def _quantized(axes, leaf):
+    """The axes of a leaf of a quantized kernel whose own are `axes`, (..., inputs, outputs).
+
+    Blocks run along the inputs. `tensor` splits these where it splits the kernel's: its shards
+    must then hold whole blocks, which the shape of the blocks' scales says. `fsdp` gathers a kernel
+    before it is used, whichever way it was split: so it always splits the outputs.
+    """
+    if len(axes) < 2:
+        return ()
+    *front, inputs, outputs = axes
+    if inputs == "fsdp":
+        inputs, outputs = None, (outputs, "fsdp") if outputs else "fsdp"
+    own = {"o": outputs, "i": inputs}
+    return (*front, *(own[axis] for axis in leaf)) if leaf else ()
 
 
 def put_batch(mesh):

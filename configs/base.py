@@ -16,6 +16,7 @@ def get_config():
     model.name = "minilm"  # minilm, a Hugging Face directory, or a Hub id
     model.dtype = placeholder(str)  # compute dtype; None: bfloat16 on TPU and GPU, float32 on CPU
     model.remat = "none"  # none, block: recompute each block in the backward pass
+    model.quantize = placeholder(str)  # nf4, int8, int4: how frozen dense kernels of the stack lie
     model.unroll = 1  # layers per iteration of the scan over layers; changes speed only
 
     config.peft = peft = ConfigDict()

@@ -159,7 +159,8 @@ def cut(tables, compare):
 
 def compute_all(jobs, common, report):
     """Make the runs, each with its line in the report; the names of those that failed."""
-    shared = prepare.load(common.model, jax.random.key(0), common.mesh)
+    how = jobs[0].config.model.quantize
+    shared = prepare.load(common.model, jax.random.key(0), common.mesh, quantize=how)
     batches, programs, failed, started = {}, {}, [], time.monotonic()
     for done, job in enumerate(jobs):
         print(f"\n{job.name}, seed {job.seed} ({done + 1} of {len(jobs)})", flush=True)
@@ -219,7 +220,7 @@ def compute(job, common, shared, batches, programs):
         "metrics": outcome.metrics,
         "learning_rate": config.optim.learning_rate,
         "moving_parameters": moving,
-        "total_parameters": moving + tree.count(fit.frozen),
+        "total_parameters": fit.count,
         "step_seconds": statistics.median(step.seconds) if step.seconds else None,
         "temporary_bytes": step.temporary_bytes,
         "checkpoint_bytes": size_of(job.run.path / "checkpoints" / str(outcome.step) / "state"),

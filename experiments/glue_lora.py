@@ -88,7 +88,7 @@ def main(argv):
 def finish(run, fit, outcome):
     """Write report.json, which makes this a finished run, and print the metrics in it."""
     moving = tree.count(outcome.state.moving)
-    numbers = {"trainable_params": moving, "total_params": moving + tree.count(fit.frozen)}
+    numbers = {"trainable_params": moving, "total_params": fit.count}
     run.finish({**outcome.report, **numbers})
     for split, values in outcome.metrics.items():
         print(split, *(f"{name} {value:.4f}" for name, value in values.items()))

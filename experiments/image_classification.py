@@ -107,8 +107,7 @@ def write_skipped(folder, tables):
 def finish(run, fit, outcome):
     """Write report.json, which makes this a finished run, and print the metrics in it."""
     moving = tree.count(outcome.state.moving)
-    total = moving + tree.count(outcome.state.stats) + tree.count(fit.frozen)
-    run.finish({**outcome.report, "trainable_params": moving, "total_params": total})
+    run.finish({**outcome.report, "trainable_params": moving, "total_params": fit.count})
     for split, values in outcome.metrics.items():
         print(split, *(f"{name} {value:.4f}" for name, value in values.items()))
 

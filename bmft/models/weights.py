@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import layers, names, tree
-from bmft.errors import Mistake
+from bmft import layers, names, quantize, tree
+from bmft.errors import Mistake, nearest
 from bmft.models import tensors
 
 # Only these may be missing from a file, and are then initialised: the head, and BERT's pooler,
@@ -28,16 +28,17 @@ class Loaded(NamedTuple):
     batch_stats: Any  # running statistics; {} where the model has none
     fresh: tuple  # paths that the file did not have: initialised, so they must move
     ignored: tuple  # tensors of the file that the model does without
+    quant: Any  # leaves of the quantized kernels (bmft.quantize), which params lacks; mostly {}
 
     def variables(self):
-        """{"params": ..., "batch_stats": ...}, the second where there are any."""
-        return {"params": self.params} | (
-            {"batch_stats": self.batch_stats} if self.batch_stats else {}
-        )
+        """{"params": ..., "batch_stats": ..., "quant": ...}, the last two where there are any."""
+        more = {"batch_stats": self.batch_stats, "quant": self.quant}
+        return {"params": self.params} | {name: leaves for name, leaves in more.items() if leaves}
 
     def leaves(self):
-        """All leaves of the base in one tree."""
-        return tree.join(self.params, self.batch_stats)
+        """All leaves of the base in one tree; quantized kernels as what they stand for."""
+        quant = jax.tree.map(np.asarray, self.quant)
+        return tree.join(quantize.restored(self.params, quant), self.batch_stats)
 
 
 class Files(NamedTuple):
@@ -53,21 +54,38 @@ def shapes(model):
     return tree.join(made["params"], made.get("batch_stats", {}))
 
 
-def load(model, key, *, dtype=None, sharding=None, shared=None):
+def quantized(model, how, moves):
+    """{kernel: how} of the kernels that `model.quantize` quantizes: all of dense layers in the
+    stack but those that move. how: of quantize.SCHEMES, or None; moves(path) -> bool.
+
+    Raises Mistake for another, and for a model without such layers.
+    """
+    if how is None:
+        return {}
+    if how not in quantize.SCHEMES:
+        raise Mistake(f"model.quantize: no {how!r}; {nearest(how, quantize.SCHEMES)}")
+    dense = [module for module in model.names.modules("dense") if module.startswith("layers/")]
+    if not dense:
+        raise Mistake(f"model.quantize={how!r}: {model.name} has no stack of dense layers")
+    return {path: how for module in dense if not moves(path := f"{module}/kernel")}
+
+
+def load(model, key, *, dtype=None, sharding=None, shared=None, quantized=None):
     """`Loaded` for a model; `key` initialises what the file does not have.
 
     dtype(path) -> dtype of a leaf (None: float32); sharding(path, shape) -> jax Sharding (None:
     the default device). Each process reads the slices of its own devices only.
     shared: another `Loaded` of the model, in the same sharding: what it has in the wanted dtype
     is taken from there, and not read or copied again.
+    quantized: {kernel: how}, of `quantized`; one layer of one kernel is held as floats at a time.
     Raises Mistake, naming file and tensor, for anything that does not fit.
     """
     dtype = dtype or (lambda path: jnp.float32)
     sharding = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     files = index(model)
-    expected = tree.flatten(shapes(model))
-    there = tree.flatten(shared.leaves()) if shared else {}
-    leaves, fresh, used = {}, [], set()
+    expected, quantized = tree.flatten(shapes(model)), quantized or {}
+    there = tree.flatten(tree.join(shared.params, shared.batch_stats)) if shared else {}
+    leaves, fresh, used, quant = {}, [], set(), {}
     for leaf in model.names.leaves:
         shape = expected[leaf.path].shape
         keys = [leaf.file.format(layer) for layer in model.names.layers_of(leaf.path)]
@@ -75,6 +93,14 @@ def load(model, key, *, dtype=None, sharding=None, shared=None):
             fresh.append(leaf.path)
             continue
         used.update(keys)
+        if leaf.path in quantized:
+            how, own = quantized[leaf.path], leaf.path.removesuffix("/kernel")
+            same = quantize.modules(shared.quant).get(own, {}) if shared else {}
+            if how not in same:
+                read = _reader(files, leaf, keys, shape, np.float32)
+                same = _quantize(how, own, read, shape, sharding)
+            quant |= {f"{own}/{name}": array for name, array in same.items()}
+            continue
         wanted = np.dtype(dtype(leaf.path))
         if leaf.path in there and there[leaf.path].dtype == wanted:
             leaves[leaf.path] = there[leaf.path]
@@ -92,7 +118,7 @@ def load(model, key, *, dtype=None, sharding=None, shared=None):
         raise Mistake(f"{files.folder}: the model has no place for tensor {unknown[0]!r}{more}")
     statistics = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
     batch_stats, params = tree.split(tree.unflatten(leaves), statistics.__contains__)
-    return Loaded(params, batch_stats, tuple(fresh), tuple(ignored))
+    return Loaded(params, batch_stats, tuple(fresh), tuple(ignored), tree.unflatten(quant))
 
 
 def index(model):
@@ -174,6 +200,22 @@ def _reader(files, leaf, keys, shape, dtype):
         return np.stack([one(key, cut[1:]) for key in keys[cut[0]]])
 
     return read
+
+
+def _quantize(how, module, read, shape, sharding):
+    """{leaf: array} of a quantized kernel [l, in, out]; read is that of `_reader`."""
+    quantize.check(how, f"{module}/kernel", shape[1])
+
+    def layer(i):
+        return quantize.quantize(how, read((slice(i, i + 1), slice(None), slice(None)))[0].T)
+
+    every = [layer(i) for i in range(shape[0])]
+    made = {}
+    for name in every[0]:
+        array = np.stack([leaves[name] for leaves in every])
+        where = sharding(f"quant/{module}/{name}", array.shape)
+        made[name] = jax.make_array_from_callback(array.shape, where, array.__getitem__)
+    return made
 
 
 def _initialise(model, key, paths, dtype, sharding):

@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 from flax.errors import NameInUseError
 
-from bmft import tree
+from bmft import quantize, tree
 from bmft.errors import Mistake, nearest
 
 # Label of the leaves that the task's head, or nobody, claims.
 HEAD = "head"
 # Collections of variables that a model has by itself.
-BASE = ("params", "batch_stats")
+BASE = ("params", "batch_stats", "quant")
 # Those that methods add.
 ADDED = ("peft", "peft_const", "peft_shared")
 
@@ -207,8 +207,9 @@ def attach(methods, model):
 
     def add(key, base):
         """The leaves the methods add, made on the loaded variables: hooks see real kernels."""
+        params = quantize.restored(base["params"], base.get("quant", {}))
         own = {
-            method.name: method.shared(jax.random.fold_in(key, i), base["params"])
+            method.name: method.shared(jax.random.fold_in(key, i), params)
             for i, method in enumerate(methods)
             if method.shared
         }

@@ -19,7 +19,7 @@ n is found without W + A scale B, from products of A (A' is A scale) with W and 
 import jax
 import jax.numpy as jnp
 
-from bmft import peft
+from bmft import layers, peft
 from bmft.peft import low_rank, low_rank_files, token_rows
 from bmft.peft.files import Files, Layout
 
@@ -61,19 +61,20 @@ def make(
         if peft.path_of(module) not in plan.sites:
             return out
         a, b, scale = low_rank.factors(module, plan, args[0], out)
-        kernel = module.get_variable("params", "kernel")
+        stored = layers.stored_kernel(module)
+        kernel = layers.as_array(stored)
         norm = jax.lax.stop_gradient(_norm(kernel, a, b, scale))
         m = peft.leaf(module, "lora_magnitude", lambda *_: _length(kernel), norm.shape)
         # Where a layer is no target, its scale is zero, and m says nothing.
         factor = jnp.where(scale[0] > 0, m / norm, 1)
         x = low_rank.read(module, args[0], plan.dropout)
         update = low_rank.update(module, x, a, b * factor, scale)
-        x, kernel = x.astype(module.dtype), kernel.astype(module.dtype)
+        x = x.astype(module.dtype)
         if plan.dropout and module.has_rng("peft"):
-            straight = x @ kernel
+            straight = layers.product(x, stored, module.dtype)
         else:
             straight = out - module.get_variable("params", "bias") if module.use_bias else out
-        stretched = _stretched(straight.astype(jnp.float32), factor, x, kernel)
+        stretched = _stretched(straight.astype(jnp.float32), factor, x, stored)
         return out + (stretched + update).astype(out.dtype)
 
     encode, decode = low_rank_files.codec(plan)
@@ -112,7 +113,8 @@ def _stretched(straight, factor, x, kernel):
     """(factor - 1) straight [..., out], where straight is x W.
 
     The gradient of the factor needs straight again, and computes it from x and W, which are kept
-    for other gradients anyway: to keep straight, too, took more memory than LoRA in all.
+    for other gradients anyway (W as it is stored): to keep straight, too, took more memory than
+    LoRA in all.
     """
     return (factor - 1) * straight
 
@@ -123,7 +125,8 @@ def _stretched_forward(straight, factor, x, kernel):
 
 def _stretched_backward(kept, grad):
     factor, x, kernel = kept
-    of_factor = (grad * (x @ kernel).astype(jnp.float32)).sum(tuple(range(grad.ndim - 1)))
+    again = layers.product(x, kernel, x.dtype).astype(jnp.float32)
+    of_factor = (grad * again).sum(tuple(range(grad.ndim - 1)))
     return (factor - 1) * grad, of_factor, None, None  # the gradient of x is that of straight
 
 

@@ -59,8 +59,8 @@ def make(
     sites = names.target(table, targets, **about)
     counts = _counts(table, sites, patterns, n_frequency)
 
-    def entries(path, kernel):
-        return _entries(path, kernel.shape[-2:], int(counts[path].max()), random_loc_seed)
+    def entries(path, shape):
+        return _entries(path, shape[-2:], int(counts[path].max()), random_loc_seed)
 
     def hook(module, call, *args):
         out, path = call(*args), peft.path_of(module)
@@ -69,8 +69,8 @@ def make(
         start = jax.nn.initializers.zeros if init_weights else jax.nn.initializers.normal(1.0)
         spectrum = peft.leaf(module, "fourierft_spectrum", start, (int(counts[path].max()),))
         spectrum *= module.get_variable("peft_const", "fourierft_scale")
-        kernel = module.get_variable("params", "kernel")
-        change = _change(spectrum, entries(path, kernel), kernel.shape)
+        shape = args[0].shape[-1], out.shape[-1]
+        change = _change(spectrum, entries(path, shape), shape)
         return out + (args[0].astype(jnp.float32) @ change).astype(out.dtype)
 
     moves, rows = beside.moves("fourierft", sites, ("fourierft_spectrum",), saved, bias)
@@ -81,7 +81,7 @@ def make(
         for path in sites:
             kernel = flat[f"{path}/kernel"]
             spectrum = own[f"{path}/fourierft_spectrum"] * scales[f"{path}/fourierft_scale"]
-            change = _change(spectrum, entries(path, kernel), kernel.shape)
+            change = _change(spectrum, entries(path, kernel.shape), kernel.shape)
             flat[f"{path}/kernel"] = kernel + change
         return tree.unflatten(flat)
 

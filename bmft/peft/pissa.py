@@ -26,7 +26,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import peft
+from bmft import layers, peft
 from bmft.errors import Mistake
 from bmft.peft import low_rank, low_rank_files, token_rows
 from bmft.peft.files import Files
@@ -68,7 +68,7 @@ def make(
         out, path = call(*args), peft.path_of(module)
         if path not in plan.sites:
             return out
-        kernel, scale = module.get_variable("params", "kernel"), low_rank.scale_of(module)
+        kernel, scale = layers.kernel_of(module), low_rank.scale_of(module)
         if len(scale) > min(kernel.shape):
             raise Mistake(
                 f"peft.pissa.rank: {path} has {min(kernel.shape)} singular values, "

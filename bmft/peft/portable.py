@@ -127,7 +127,7 @@ def check(wanted, tensors, file, may_have=()):
 
 def _base(variables):
     """{path: leaf} of the base's leaves and running statistics."""
-    params, statistics = (variables.get(name, {}) for name in peft.BASE)
+    params, statistics = (variables.get(name, {}) for name in ("params", "batch_stats"))
     return tree.flatten(params) | tree.flatten(statistics)
 
 

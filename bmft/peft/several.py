@@ -68,7 +68,7 @@ def attach(adapters, model, base):
             collection, _, where = path.partition("/")
             module, _, kind = where.rpartition("/")
             if collection == "params" and module in dense:
-                _check_whole(name, where, leaf, flat[where])
+                _check_whole(name, where, leaf, flat.get(where))
             elif collection != "peft" or kind not in OWN or not {"lora", "ia3"} & {*one.names}:
                 methods = " + ".join(one.names)
                 raise Mistake(
@@ -102,6 +102,8 @@ def attach(adapters, model, base):
 
 
 def _check_whole(name, path, leaf, own):
+    if own is None:
+        raise Mistake(f"adapter {name!r} has {path} whole, which this base has quantized")
     if leaf.shape != own.shape:
         raise Mistake(
             f"adapter {name!r} has {path} of shape {list(leaf.shape)}, the model has "
