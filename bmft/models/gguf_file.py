@@ -1,8 +1,8 @@
 """GGUF files: what their header says, and parts of their tensors as float32.
 
 A file is its metadata (`general.architecture`, `llama.block_count`, `tokenizer.ggml.tokens`, ...),
-a table of tensors, and their bytes. A row of a quantized tensor is a run of blocks, each some values
-(32 or 256) that share their scales; package gguf knows the formats. The header is read here:
+a table of tensors, and their bytes. A row of a quantized tensor is a run of blocks, each some
+values (32 or 256) that share their scales; package gguf knows the formats. The header is read here:
 gguf.GGUFReader makes several NumPy views of every token of a vocabulary, takes seconds over that,
 and does not say what is wrong with a damaged file.
 """

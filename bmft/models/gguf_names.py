@@ -3,8 +3,8 @@
     blk.3.attn_q.weight  ->  model.layers.3.self_attn.q_proj.weight, its rows in another order
 
 What llama.cpp changes when it converts a model is undone here: the order of query and key rows
-(`llama`: it rotates neighbouring values of a head, transformers values half a head apart), the norms
-of Gemma (stored as 1 + w), GPT-2's Conv1D (stored [out, in]; its files have [in, out]).
+(`llama`: it rotates neighbouring values of a head, transformers values half a head apart), the
+norms of Gemma (stored as 1 + w), GPT-2's Conv1D (stored [out, in]; its files have [in, out]).
 """
 
 import functools

@@ -61,7 +61,7 @@ WORDS = {  # tokenizer.ggml.pre
 def tokenizer(path):
     """transformers' fast tokenizer of a file; its chat template with it.
 
-    Raises Mistake for a kind of tokenizer that is not known, and for one that does not fit together.
+    Raises Mistake for a kind of tokenizer that is not known, or that does not fit together.
     """
     from transformers import PreTrainedTokenizerFast
 
