@@ -174,7 +174,7 @@ def _at(tokens, i):
     if i is None:
         return None
     if not 0 <= i < len(tokens):
-        raise Mistake(f"the tokenizer's special token {i} is none of its {len(tokens)} tokens")
+        raise ValueError(f"special token {i} is none of {len(tokens)}")
     return tokens[i]
 
 
