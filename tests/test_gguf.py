@@ -334,6 +334,8 @@ def test_settings_of_gpt2(tmp_path):
 
 REFUSED = [
     ({"embedding_length": None}, {}, "the metadata lack llama.embedding_length"),
+    ({"attention__head_count": 0}, {}, "llama.attention.head_count is 0"),
+    ({"block_count": "two"}, {}, "llama.block_count is 'two'"),
     ({"attention__value_length": 8}, {}, "attention.value_length is 8, and keys have 4"),
     ({"rope__dimension_count": 2}, {}, "rope.dimension_count is 2, and keys have 4"),
     (

@@ -221,9 +221,12 @@ def _setting(path, key, default=None):
 
 
 def _needed(path, key):
-    found = _setting(path, key)
+    """A number above zero."""
+    found, key = _setting(path, key), f"{gguf_names.architecture(path)}.{key}"
     if found is None:
-        raise Mistake(f"{path}: the metadata lack {gguf_names.architecture(path)}.{key}")
+        raise Mistake(f"{path}: the metadata lack {key}")
+    if not isinstance(found, int | float) or found <= 0:
+        raise Mistake(f"{path}: {key} is {found!r}")
     return found
 
 

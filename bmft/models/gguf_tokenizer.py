@@ -204,11 +204,10 @@ def _ends(about, named, tokens, bos, otherwise):
     if before is None and after is None:
         return otherwise
     ids = _ids(tokens)
-    pair = [[part for part in (before, f"${text}", after) if part] for text in "AB"]
-    second = [part if part == "$B" else f"{part}:1" for part in pair[1]]
+    single = [part for part in (before, "$A", after) if part]
     return processors.TemplateProcessing(
-        single=pair[0],
-        pair=[*pair[0], *(part if part != "$B" else "$B:1" for part in second)],
+        single=single,
+        pair=[*single, *(f"{part}:1" for part in (before, "$B", after) if part)],
         special_tokens=[(token, ids[token]) for token in dict.fromkeys((before, after)) if token],
     )
 
