@@ -267,7 +267,7 @@ SETTINGS = {
         "gemma2",
         WIDE | {"attention__sliding_window": 16, "block_count": 46},
         {},
-        {"query_pre_attn_scalar": 4, "head_dim": 8},
+        {"query_pre_attn_scalar": 4, "head_dim": 8, "sliding_window": 16},
     ),
     "gemma3": (
         "gemma3",
@@ -278,13 +278,14 @@ SETTINGS = {
             | {"full_attention": ROTATION | {"rope_type": "linear", "factor": 8.0}}
         }
         | {"layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}
-        | {"model_type": "gemma3_text", "final_logit_softcapping": None},
+        | {"model_type": "gemma3_text", "final_logit_softcapping": None}
+        | {"sliding_window": 16, "query_pre_attn_scalar": 8},
     ),
     "gemma3, all layers alike": (
         "gemma3",
         WIDE | {"rope__freq_base_swa": 500.0},
         {},
-        {"layer_types": ["full_attention"] * 2}
+        {"layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 8}
         | {
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},

@@ -53,6 +53,10 @@ class Model(NamedTuple):
     ignored: tuple  # tensors a file may hold that the model does without
     heads: tuple = ("classifier",)  # subtrees that a task owns
 
+    def tokenizer(self):
+        """For methods, which may not import models."""
+        return tokenizer(self)
+
 
 def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1, **changes):
     """The `Model` called `name`, with a head of `outputs` numbers; reads no weights.
