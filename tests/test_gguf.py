@@ -147,6 +147,10 @@ def test_split_files(tmp_path):
         there = read(tmp_path / name, f"{ATTENTION_0}q_proj.weight", *whole)
         np.testing.assert_array_equal(there, query)
         assert tensors.paths(tmp_path / name) == [tmp_path / part for part in names]
+    assert models.locate(str(tmp_path)) == tmp_path / names[0]
+    tiny_gguf.write(tmp_path / "other.gguf", {})
+    with pytest.raises(Mistake, match=f"2 GGUF models; name one of them: {names[0]}, other.gguf"):
+        models.locate(str(tmp_path))
     (tmp_path / names[1]).unlink()
     with pytest.raises(Mistake, match=f"1 of its 2 parts are not beside it: {names[1]!r}"):
         tensors.index(tmp_path / names[0])

@@ -99,10 +99,20 @@ def locate(name):
             return found if on_hub is None else found.parent
     folder = Path(name).expanduser()
     if folder.exists():
-        return folder
+        return folder if (folder / "config.json").exists() else _gguf_in(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise Mistake(f"model.name: there is no directory or file {name!r}")
     return _from_hub(name)
+
+
+def _gguf_in(folder):
+    """The GGUF file of a directory that holds one; what is no such directory, as it is."""
+    found = sorted(folder.glob(f"*{gguf_file.SUFFIX}")) if folder.is_dir() else []
+    firsts = [path for path in found if gguf_file.parts(path)[0] == path]
+    if len(firsts) > 1:
+        names = ", ".join(path.name for path in firsts)
+        raise Mistake(f"{folder} holds {len(firsts)} GGUF models; name one of them: {names}")
+    return firsts[0] if firsts else folder
 
 
 def hub_id(name):

@@ -10,6 +10,7 @@ and does not say what is wrong with a damaged file.
 import functools
 import math
 import mmap
+import os
 import re
 import struct
 from pathlib import Path
@@ -82,7 +83,8 @@ def header(path):
 def stamp(path):
     """What changes when a file does: what is read from it is kept by this."""
     try:
-        about = path.stat()
+        with open(path, "rb") as file:
+            about = os.fstat(file.fileno())
     except OSError as error:
         raise Mistake(f"{path}: {error.strerror}") from None
     return about.st_size, about.st_mtime_ns
