@@ -289,7 +289,8 @@ SETTINGS = {
         "gemma3",
         WIDE | {"rope__freq_base_swa": 500.0},
         {},
-        {"layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 8}
+        {"model_type": "gemma3_text", "query_pre_attn_scalar": 8}
+        | {"layer_types": ["full_attention"] * 2}
         | {
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
