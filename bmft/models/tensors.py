@@ -1,7 +1,7 @@
-"""Tensors in safetensors and HDF5 files: which there are, their shapes, and slices of them.
+"""Tensors in safetensors, HDF5 and GGUF files: which there are, their shapes, and slices of them.
 
-Nothing is read before it is asked for, and of a tensor no more than the slices asked for. Pickles
-are refused: reading one runs what its author wrote.
+Nothing is read before it is asked for, and of a tensor no more than the slices asked for (of GGUF:
+the blocks they touch). Pickles are refused: reading one runs what its author wrote.
 """
 
 import json
@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16, which safetensors th
 from safetensors import SafetensorError, safe_open
 
 from bmft.errors import Mistake
+from bmft.models import gguf_file, gguf_names
 
 HDF5 = (".h5", ".hdf5")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".th", ".tar")
@@ -28,7 +29,8 @@ class Tensor(NamedTuple):
 
 
 def index(where):
-    """{name: Tensor} of a directory (one or several safetensors shards) or of one file.
+    """{name: Tensor} of a directory (one or several safetensors shards) or of one file (or all
+    parts of a split GGUF file, by one of them); GGUF's are named as Hugging Face's files name them.
 
     Raises Mistake for what is none, is damaged, or is a pickle.
     """
@@ -43,6 +45,8 @@ def paths(where):
     """The files of weights in a directory; a file itself."""
     if where.suffix in PICKLES:
         raise Mistake(f"{where}: pickled weights are refused; convert them to safetensors")
+    if where.suffix == gguf_file.SUFFIX:
+        return gguf_file.parts(where)
     if where.is_file():
         return [where]
     single, shards = where / "model.safetensors", where / "model.safetensors.index.json"
@@ -70,6 +74,8 @@ def opened(path):
         if path.suffix in HDF5:
             with h5py.File(path) as file:
                 yield _Hdf5(file)
+        elif path.suffix == gguf_file.SUFFIX:
+            yield _Gguf(gguf_names.index(path))
         else:
             with safe_open(path, framework="numpy") as file:
                 yield _Safetensors(file)
@@ -103,3 +109,13 @@ class _Hdf5(NamedTuple):
 
     def read(self, name, slices):
         return self.file[name][slices]
+
+
+class _Gguf(NamedTuple):
+    named: dict
+
+    def shapes(self):
+        return {name: named.shape for name, named in self.named.items()}
+
+    def read(self, name, slices):
+        return gguf_names.read(self.named[name], slices)

@@ -84,11 +84,9 @@ def make(
 
 def _tokenized(model, text):
     """The ids of a text, at least one, each in the vocabulary."""
-    from transformers import AutoTokenizer
-
     try:
-        ids = AutoTokenizer.from_pretrained(model.folder)(text)["input_ids"]
-    except Exception as error:  # noqa: BLE001 - transformers raises OSError, ValueError and others
+        ids = model.tokenizer()(text)["input_ids"]
+    except Mistake as error:
         raise Mistake(f"peft.prompt_tuning.text: no tokenizer in {model.name}: {error}") from None
     if not ids or max(ids) >= model.config.vocabulary:
         raise Mistake(f"peft.prompt_tuning.text: {text!r} has no tokens that {model.name} knows")
