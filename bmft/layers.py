@@ -53,33 +53,36 @@ def _shapes(module, inputs):
 
 
 def scan_layers(
-    block, x, broadcast, *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
+    block, x, broadcast, own=(), *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
 ):
-    """x after `depth` layers of `block(x, broadcast) -> x`, one stacked tree and one compiled body.
+    """x after `depth` layers of `block(x, broadcast, *own) -> x`, one stacked tree and one compiled
+    body.
 
+    own: arrays [l, ...]: what differs by layer without being a variable (an attention's window).
     frozen_below: below this layer nothing moves: the stack is scanned in two pieces, and no
     gradient is computed through the first. The tree is the same whatever the pieces.
     begin, end: only these layers are computed; x is what the ones before would give.
     """
     end = depth if end is None else end
 
-    def layer(block, x, broadcast):
-        return block(x, broadcast), None
+    def layer(block, x, broadcast, own):
+        return block(x, broadcast, *own), None
 
-    def stack(block, x, length):
+    def stack(block, x, own, length):
         scan = nn.scan(
             nn.remat(layer, prevent_cse=False) if remat else layer,
             variable_axes=STACKED,
             split_rngs=STREAMS,
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=length,
             unroll=min(unroll, length),
         )
-        return scan(block, x, broadcast)[0]
+        return scan(block, x, broadcast, own)[0]
 
     def piece(x, start, end):
+        mine = jax.tree.map(lambda array: array[start:end], own)
         cut = nn.map_variables(
-            lambda block, x: stack(block, x, end - start),
+            lambda block, x: stack(block, x, mine, end - start),
             list(STACKED),
             trans_in_fn=lambda tree: jax.tree.map(lambda leaf: leaf[start:end], tree),
             mutable=False,
@@ -88,7 +91,7 @@ def scan_layers(
 
     making = block.is_mutable_collection("params") or block.is_mutable_collection("peft")
     if making or (begin, end, frozen_below) == (0, depth, 0):
-        return stack(block, x, depth)
+        return stack(block, x, own, depth)
     split = min(max(begin, frozen_below), end)
     if begin < split:
         x = jax.lax.stop_gradient(piece(x, begin, split))
@@ -121,16 +124,18 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of embedding [v, d] by ids [...] -> [..., d], in `dtype`."""
+    """Rows of embedding [v, d] by ids [...] -> [..., d], in `dtype`, times `scale`."""
 
     rows: int
     features: int
     dtype: Any = jnp.float32
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, ids):
         table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.features))
-        return table.astype(self.dtype)[ids]
+        rows = table.astype(self.dtype)[ids]
+        return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, self.dtype)
 
 
 def _normalise(module, x):

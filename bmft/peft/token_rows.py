@@ -19,7 +19,7 @@ import numpy as np
 
 from bmft import layers, names, peft, tree
 from bmft.errors import Mistake
-from bmft.peft import matching
+from bmft.peft import matching, prompts
 from bmft.peft.files import Files, Layout
 
 KINDS = ("embed",)
@@ -28,6 +28,11 @@ KINDS = ("embed",)
 def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("word",)):
     """tokens: the ids whose rows move. targets: the embeddings, by name."""
     sites = names.target(model.names, targets, kinds=KINDS)
+    if model.names.is_tied and prompts.WORDS in sites:
+        raise Mistake(
+            f"peft.token_rows: the head of {model.name} is the table of its word embedding, whose "
+            "rows would change in one of the two places alone"
+        )
     ids = _checked(tokens, _sizes(model, sites))
 
     def hook(module, call, *args):
@@ -40,7 +45,7 @@ def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("wo
         place = np.full(len(table), len(ids), np.int32)
         place[ids] = np.arange(len(ids))
         place = jnp.asarray(place)[args[0]]
-        own = jnp.take(rows, place, axis=0, mode="clip").astype(out.dtype)
+        own = module.scale * jnp.take(rows, place, axis=0, mode="clip").astype(out.dtype)
         return jnp.where((place < len(ids))[..., None], own, out)
 
     def moves(path):
