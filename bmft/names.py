@@ -148,9 +148,9 @@ def target(names, entries, *, head=(), without=None, kinds=("dense",), layers=No
     """Which modules a method is put on: {module path: bool [l], or bool [] outside the stack}.
 
     entries: a list of names matched by peft's rule against the names of each module; or
-        `all-linear` (every dense module but the head, a language model's too), `all-conv` (every convolution); or `re:` and
-        a regular expression that matches a whole name. Each must match, else `Mistake` with the
-        nearest name.
+        `all-linear` (every dense module but the head, a language model's too), `all-conv` (every
+        convolution); or `re:` and a regular expression that matches a whole name. Each must match,
+        else `Mistake` with the nearest name.
     head: paths a target never reaches (the task's head, trained whole).
     without: modules it does not reach in some layers, {module path: bool [l] or []}.
     layers: indices of the layers meant; None is all. Modules outside the stack are then left out.

@@ -64,15 +64,13 @@ def remember(cache, layer, sight, keys, values):
     to [b, s, g, k]). Without a cache they are what was given."""
     if cache is None:
         return None, keys, values
-    rows = jnp.arange(len(keys))[:, None]
+    where = layer, jnp.arange(len(keys))[:, None], sight.columns
+    new = {"keys": keys, "values": values}
     cache = {
-        name: cache[name]
-        .at[layer, rows, sight.columns]
-        .set(new.astype(cache[name].dtype), mode="drop")
-        for name, new in (("keys", keys), ("values", values))
+        name: old.at[where].set(new[name].astype(old.dtype), mode="drop")
+        for name, old in cache.items()
     }
-    dtype = keys.dtype
-    return cache, cache["keys"][layer].astype(dtype), cache["values"][layer].astype(dtype)
+    return cache, *(cache[name][layer].astype(new[name].dtype) for name in ("keys", "values"))
 
 
 def attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, *, scale, cap=None, drop=lambda weights: weights):

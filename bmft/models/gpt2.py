@@ -6,7 +6,7 @@ of this family have them, too: transformers' Conv1D):
 
     embeddings/{word [v, d],position [p, d]}/embedding
     layers/attention_norm/{scale,bias}, layers/mlp_norm/{scale,bias}
-    layers/attention/query_key_value/{kernel [l, d, 3 d],bias}, layers/attention/output/{kernel,bias}
+    layers/attention/{query_key_value,output}/{kernel,bias}     the first 3 d wide
     layers/mlp/{up,down}/{kernel,bias}
     norm/{scale,bias}, head/kernel [d, v]      no head of its own where it is tied
 

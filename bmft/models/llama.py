@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2, Mistral, Qwen 2, 2.5 and 3, Gemma 1, 2 and 3 (text) as one stacked decoder.
+"""Llama 2 and 3, SmolLM2, Mistral, Qwen 2 to 3, Gemma 1 to 3 (text): one stacked decoder.
 
 Shapes: b rows of a batch, t tokens of a row, s keys, d width, f width inside the MLP, h heads, g of
 keys and values, k width of a head, l layers, v vocabulary. The tree (kernels [in, out]):
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from bmft import layers
 from bmft.errors import Mistake, nearest
