@@ -232,11 +232,6 @@ def test_rotary_frequencies():
     # Waves of 6.3, 12.6, 25.1, 50.3 tokens: below 8 they stay, above 32 they are four times longer.
     llama3 = linear | {"rope_type": "llama3", "original_max_position_embeddings": 32}
     llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    share = (32 / (4 * np.pi) - 1) / 3, (32 / (8 * np.pi) - 1) / 3
-    want = (
-        1.0,
-        0.5 * (share[0] + (1 - share[0]) / 4),
-        0.25 * (share[1] + (1 - share[1]) / 4),
-        1 / 32,
-    )
+    one, other = (32 / (4 * np.pi) - 1) / 3, (32 / (8 * np.pi) - 1) / 3
+    want = 1.0, 0.5 * (one + (1 - one) / 4), 0.25 * (other + (1 - other) / 4), 1 / 32
     np.testing.assert_allclose(rotary.way(llama3, 8, 64)[0], want, rtol=1e-6)

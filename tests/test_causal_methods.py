@@ -78,8 +78,7 @@ def test_methods(bases, family, groups):
 
 def _aligned(alone, unchanged, virtual):
     """The base alone gives what it gave, though there are columns of virtual tokens."""
-    mine = [pair for pair in _rows(alone, virtual)]
-    for one, other in zip(mine, _rows(unchanged, 0), strict=True):
+    for one, other in zip(_rows(alone, virtual), _rows(unchanged, 0), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
@@ -120,9 +119,8 @@ def test_what_all_linear_means(bases):
     model = bases["llama"][0]
     sites = peft.build(model, ("lora",), {"lora": {"targets": ("all-linear",)}})[0].files.sites
     attention = [f"layers/attention/{name}" for name in ("query", "key", "value", "output")]
-    assert sorted(sites) == sorted(
-        [*attention, *(f"layers/mlp/{n}" for n in ("gate", "up", "down"))]
-    )
+    mlp = [f"layers/mlp/{name}" for name in ("gate", "up", "down")]
+    assert sorted(sites) == sorted(attention + mlp)
     for method, group in (("oft", {"targets": ("lm_head",)}), ("dora", {"targets": ("lm_head",)})):
         with pytest.raises(Mistake, match="lm_head|another kind"):
             peft.build(model, (method,), {method: group})

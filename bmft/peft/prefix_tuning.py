@@ -7,8 +7,9 @@ P-tuning v2 (Liu et al. 2021, arXiv:2110.07602).
 
 It takes no room in a packed row, but the first n positions of each example, whose tokens are
 counted from n on, as PEFT's are; its keys are not turned where keys are rotary, and it lies in
-every sliding window. (A vision transformer has its positions in the image.) Prefixes and E start normal with deviation 1, W and its like as torch's linear layers; `zero` makes P_k and
-P_v 0, which still takes its share of the attention. So it does not start as the base.
+every sliding window. (A vision transformer has its positions in the image.) Prefixes and E start
+normal with deviation 1, W and its like as torch's linear layers; `zero` makes P_k and P_v 0, which
+still takes its share of the attention. So it does not start as the base.
 
 PEFT's file has the prefix itself, and that is what is read and trained on: W and E are not in it.
 
