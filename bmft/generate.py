@@ -150,11 +150,11 @@ class Generator:
             made += len(burst)
             for text, new in zip(texts, burst.T, strict=True):
                 text.extend(int(token) for token in new if token >= 0)
-            yield texts
             done = np.asarray(state.done)
             if over is not None:
                 done = done | np.asarray(over(texts), bool)
                 state = state._replace(done=jnp.asarray(done))
+            yield texts
 
     def _padded(self, prompts):
         """(ids [b, t], lengths [b], columns of the cache)"""

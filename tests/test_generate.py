@@ -140,8 +140,9 @@ def scripted(steps):
     def run(prompts, sampling, over):
         for texts in steps:
             lists = [[ord(letter) - ord("a") for letter in text] for text in texts]
+            ended = all(over(lists))
             yield lists
-            if all(over(lists)):
+            if ended:
                 return
 
     return run

@@ -138,7 +138,7 @@ def plan(
         "bias": bias,
         **spelled,
         "init_lora_weights": True,
-        # What PEFT calls it that kernels lie [in, out] in the base's file, as GPT-2's do.
+        # What PEFT calls it that kernels lie [in, out], as GPT-2's do.
         "fan_in_fan_out": any(_lies_as_ours(table, path) for path in sites),
     }
     return Plan(method, table, sites, ranks, scales, saved, settings, tuple(modules_to_save))
@@ -157,9 +157,9 @@ def _check_kinds(method, table, sites, kinds):
 
 
 def _lies_as_ours(table, path):
-    """Is a module's kernel [in, out] in the base's file?"""
+    """Is a module's kernel [in, out] in transformers' files?"""
     kernels = [leaf for leaf in table.leaves if leaf.path == f"{path}/kernel"]
-    return bool(kernels) and kernels[0].layout == "same"
+    return any((leaf.written_layout or leaf.layout) == "same" for leaf in kernels)
 
 
 def root(ranks, rslora):
