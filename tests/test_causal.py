@@ -62,6 +62,15 @@ def test_logits_are_transformers_packed_and_one_a_row(logits, name):
         np.testing.assert_allclose(ours[:, ::3], GOLDENS[name], atol=TOLERANCE)
 
 
+def test_scanned_is_unrolled_in_pieces_and_made_again(families, logits):
+    """Windows and the like go with their layers, wherever the stack is cut."""
+    family = families["gemma2"]
+    module = family.model.module.clone(unroll=3, remat="block", frozen_below=1)
+    batch = tiny_causal.asked(family.batch)
+    other = tiny.hasty(module.apply)({"params": family.params}, batch)
+    np.testing.assert_allclose(other, logits["gemma2"], atol=TOLERANCE)
+
+
 # --- the cache -------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from bmft import layers, names, peft, tree
 from bmft.errors import Mistake
-from bmft.peft import matching, prompts
+from bmft.peft import matching
 from bmft.peft.files import Files, Layout
 
 KINDS = ("embed",)
@@ -28,11 +28,6 @@ KINDS = ("embed",)
 def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("word",)):
     """tokens: the ids whose rows move. targets: the embeddings, by name."""
     sites = names.target(model.names, targets, kinds=KINDS)
-    if model.names.is_tied and prompts.WORDS in sites:
-        raise Mistake(
-            f"peft.token_rows: the head of {model.name} is the table of its word embedding, whose "
-            "rows would change in one of the two places alone"
-        )
     ids = _checked(tokens, _sizes(model, sites))
 
     def hook(module, call, *args):
@@ -74,7 +69,12 @@ def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("wo
 
 
 def _sizes(model, sites):
-    """{module path: rows of its table}"""
+    """{module path: rows of its table}. Mistake where a head reads one of the tables, too."""
+    if model.names.is_tied and "embeddings/word" in sites:
+        raise Mistake(
+            f"token rows: the head of {model.name} is the table of its word embedding, whose rows "
+            "would change in one of the two places alone"
+        )
     shapes = layers.shapes(model.module, model.dummy)["params"]
     return {path: tree.flatten(shapes)[f"{path}/embedding"].shape[0] for path in sites}
 
