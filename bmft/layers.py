@@ -8,12 +8,10 @@ Images and feature maps are [b, height, width, channels], kernels of convolution
 Precision: parameters come in whatever dtype the tree holds them; products are computed in `dtype`,
 norms and softmax in float32.
 
-Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; `MLP` (its input
-and output, for parallel adapters), `Residual` and `PreNorm` (a block part's output before it meets
-the residual stream, for Houlsby and Pfeiffer adapters), `KeysValues` (what an attention reads, for
-prefix tuning) and `FeatureBlock` (a unit of a convolutional net, from one feature map to the next,
-for convolutional adapters) by type. Everything is called with positional arguments, since hooks see
-no others.
+Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; by type: `MLP`
+(parallel adapters), `Residual` and `PreNorm` (a block part's output before it meets the residual
+stream: Houlsby's and Pfeiffer's adapters), `KeysValues` (what an attention reads: prefix tuning),
+`FeatureBlock` (a unit of a convolutional net). All are called with positional arguments alone.
 """
 
 import functools
@@ -56,9 +54,8 @@ def scan_layers(
     block, x, broadcast, own=(), *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
 ):
     """x after `depth` layers of `block(x, broadcast, *own) -> x`, one stacked tree and one compiled
-    body.
+    body. Of the arrays `own` [l, ...] (an attention's windows) each layer has its row.
 
-    own: arrays [l, ...]: what differs by layer without being a variable (an attention's window).
     frozen_below: below this layer nothing moves: the stack is scanned in two pieces, and no
     gradient is computed through the first. The tree is the same whatever the pieces.
     begin, end: only these layers are computed; x is what the ones before would give.
@@ -80,9 +77,8 @@ def scan_layers(
         return scan(block, x, broadcast, own)[0]
 
     def piece(x, start, end):
-        mine = jax.tree.map(lambda array: array[start:end], own)
         cut = nn.map_variables(
-            lambda block, x: stack(block, x, mine, end - start),
+            lambda block, x: stack(block, x, tuple(a[start:end] for a in own), end - start),
             list(STACKED),
             trans_in_fn=lambda tree: jax.tree.map(lambda leaf: leaf[start:end], tree),
             mutable=False,
@@ -134,8 +130,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids):
         table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.features))
-        rows = table.astype(self.dtype)[ids]
-        return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, self.dtype)
+        return table.astype(self.dtype)[ids] * jnp.asarray(self.scale, self.dtype)
 
 
 def _normalise(module, x):
