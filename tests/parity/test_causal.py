@@ -113,7 +113,7 @@ def test_adapters_of_peft(saved, tmp_path, case):
     for _, weight in sorted(adapted.named_parameters()):
         if weight.requires_grad:
             weight.data += torch.tensor(rng.normal(0, 0.2, weight.shape), dtype=torch.float32)
-    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    adapted.save_pretrained(tmp_path)  # of the head and the embedding it writes the base's, too
     model = models.find(str(folder))
     adapter = files.read(tmp_path, model, fingerprint="of whatever base")
     variables = files.insert(adapter, {"params": read(model)})
