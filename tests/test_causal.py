@@ -123,11 +123,11 @@ class Alone(nn.Module):
 
     @nn.compact
     def __call__(self, targets):
-        x, tables = self.get_variable("params", "x"), ()
-        head = layers.Dense(self.words, use_bias=False, name="head")
+        x = self.get_variable("params", "x")
         if self.tied:
-            tables = (self.get_variable("params", "table"),)
-            head = causal.TiedHead(name="head")
+            head, tables = causal.TiedHead(name="head"), (self.get_variable("params", "table"),)
+        else:
+            head, tables = layers.Dense(self.words, use_bias=False, name="head"), ()
         batch = {"targets": targets}
         return causal.outputs(head, x, batch, tables, cap=4.0, chunk=self.chunk).sum()
 

@@ -22,11 +22,11 @@ KEPT = [
     (Sampling(0.5, top_k=2), [[0, 1], [2, 4]]),
     (Sampling(1.0, top_k=3), [[0, 1, 2], [0, 1, 2, 3, 4]]),  # three are equal, and one of them in
     (Sampling(1.0, top_p=0.7), [[0, 1], [2, 4]]),
-    (Sampling(2.0, top_p=0.35), [[0], [2]]),  # 0.36 and 0.29 at this temperature
+    (Sampling(2.0, top_p=0.29), [[0], [2]]),  # 0.35 and 0.3 at this temperature
     (Sampling(1.0, min_p=0.4), [[0, 1], [2, 4]]),
     (Sampling(1.0, top_k=4, min_p=0.2), [[0, 1, 2], [0, 1, 2, 3, 4]]),
     (Sampling(0.0, top_k=4), [[0], [2]]),
-    (Sampling(0.0, repetition_penalty=2.0), [[1], [4]]),
+    (Sampling(0.0, repetition_penalty=2.5), [[1], [4]]),
 ]
 
 

@@ -81,10 +81,11 @@ def directory(folder, name="llama", seed=0, **changes):
     (folder / "config.json").write_text(json.dumps(CONFIGS[name] | changes))
     model = models.find(str(folder))
     rng, shapes, tensors = np.random.default_rng(seed), tree.flatten(weights.shapes(model)), {}
+    one = 1 - getattr(model.config, "norm_offset", 0)  # Gemma's scales are counted from 1
     for leaf in model.names.leaves:
         for layer in model.names.layers_of(leaf.path):
             shape = shapes[leaf.path].shape[0 if layer is None else 1 :]
-            array = rng.normal(0, 0.2, shape) + leaf.path.endswith("scale")
+            array = rng.normal(0, 0.2, shape) + one * leaf.path.endswith("scale")
             array = names.to_file(leaf.layout, array)
             key = model.names.written(leaf).format(layer)
             tensors[key] = np.ascontiguousarray(array, np.float32)

@@ -112,7 +112,7 @@ def test_adapters_of_peft(saved, tmp_path, case):
     rng = np.random.default_rng(0)
     for _, weight in sorted(adapted.named_parameters()):
         if weight.requires_grad:
-            weight.data += torch.tensor(rng.normal(0, 0.2, weight.shape), dtype=torch.float32)
+            weight.data += torch.tensor(rng.normal(0, 0.1, weight.shape), dtype=torch.float32)
     adapted.save_pretrained(tmp_path)  # of the head and the embedding it writes the base's, too
     model = models.find(str(folder))
     adapter = files.read(tmp_path, model, fingerprint="of whatever base")
@@ -150,7 +150,7 @@ def test_adapters_for_peft(saved, tmp_path, case):
     name, groups = OURS[case]
     theirs, folder = saved(name)
     model = models.find(str(folder))
-    trained = Trained(model, read(model), groups)
+    trained = Trained(model, read(model), groups, size=0.1)
     trained.write(tmp_path, labels=None)
     told = json.loads((tmp_path / "adapter_config.json").read_text())
     assert told["task_type"] == "CAUSAL_LM"

@@ -32,7 +32,7 @@ def test_the_likeliest_text(tmp_path, name, penalty):
     generator = generate.Generator(apply, variables, model, tokens=20, ends=(2,), burst=6)
     *_, texts = generator(PROMPTS, generate.Sampling(repetition_penalty=penalty))
     assert texts == want
-    assert len(set(sum(texts, []))) > 4  # it says something
+    assert len(set(sum(texts, []))) > 2  # it says something
 
 
 SCORES = np.random.default_rng(0).normal(0, 2, (4, 31)).astype(np.float32)
