@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tiny
 import tiny_causal
+from trained import Trained
 
 from bmft import generate, models, peft
 from bmft.errors import Mistake
 from bmft.generate import Sampling
 from bmft.models import weights
+from bmft.peft import files, several
 
 SCORES = np.log([[0.5, 0.25, 0.15, 0.07, 0.03], [0.1, 0.1, 0.4, 0.1, 0.3]]).astype(np.float32)
 # (Sampling, which tokens of each row may be chosen)
@@ -87,18 +89,45 @@ def last(generator, *args, **how):
     return texts
 
 
-def test_the_likeliest_text(model, generator):
-    """Each token is the likeliest behind those before it, by the model without a cache."""
-    (found, params), texts = model, last(generator, PROMPTS)
+@pytest.fixture(scope="module")
+def are_likeliest(model):
+    """(params, prompts, texts) -> is each token the likeliest behind those before it, by the model
+    without a cache?"""
+    apply = tiny.hasty(model[0].module.apply)
+
+    def check(params, prompts, texts):
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        batch = tiny_causal.asked(tiny_causal.packed(whole, 60 - sum(map(len, whole))))
+        logits, start = np.asarray(apply({"params": params}, batch))[0], 0
+        for prompt, text in zip(prompts, texts, strict=True):
+            first = start + len(prompt) - 1
+            assert logits[first : first + len(text)].argmax(-1).tolist() == text
+            start += len(prompt) + len(text)
+
+    return check
+
+
+def test_the_likeliest_text(model, generator, are_likeliest):
+    texts = last(generator, PROMPTS)
     assert all(len(text) == 9 or text[-1] == 2 for text in texts)
-    whole = [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)]
-    batch = tiny_causal.asked(tiny_causal.packed(whole))
-    logits = np.asarray(tiny.hasty(found.module.apply)({"params": params}, batch))[0]
-    start = 0
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        first = start + len(prompt) - 1
-        assert logits[first : first + len(text)].argmax(-1).tolist() == text
-        start += len(prompt) + len(text)
+    are_likeliest(model[1], PROMPTS, texts)
+
+
+def test_an_adapter_for_each_prompt(model, are_likeliest, tmp_path):
+    found, params = model
+    lora = {"rank": 2, "alpha": 4.0}
+    groups = {"attention": lora, "mlp": lora | {"targets": ("up_proj",)}}
+    trained = {name: Trained(found, params, {"lora": group}) for name, group in groups.items()}
+    read = {
+        name: files.read(one.write(tmp_path / name, labels=None), found)
+        for name, one in trained.items()
+    }
+    both = several.attach(read, found, {"params": params})
+    generator = generate.Generator(both.apply, both.variables, found, tokens=9, ends=(2,), burst=9)
+    texts = last(generator, PROMPTS, more={"adapters": np.array([[1], [-1], [0]])})
+    for row, name in enumerate(("mlp", None, "attention")):
+        own = trained[name].merged(params) if name else params
+        are_likeliest(own, PROMPTS[row : row + 1], texts[row : row + 1])
 
 
 def test_one_that_is_over_stays_and_the_others_go_on(generator):
