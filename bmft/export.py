@@ -46,15 +46,15 @@ def merged(folder, *, load, merge, moving, names, settings, labels, beside=None)
             params[path] = np.asarray(leaf, np.float32)
     params = tree.flatten(merge(tree.unflatten(params)))
     with whole(folder) as partial:
-        save_file(_tensors(names, params), partial / "model.safetensors", {"format": "pt"})
+        save_file(tensors(names, params), partial / "model.safetensors", {"format": "pt"})
         text = json.dumps(_config(settings, labels), indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         if beside is not None:
             beside.save_pretrained(partial)
 
 
-def _tensors(names, params):
-    """{name in the file: tensor in torch's layout} of a base tree."""
+def tensors(names, params):
+    """{name in the file: tensor as it lies there} of a base tree {path: leaf}."""
     parts = {}
     for leaf in names.leaves:
         for layer in names.layers_of(leaf.path):
@@ -63,10 +63,10 @@ def _tensors(names, params):
             array = to_file(leaf.written_layout or leaf.layout, array)
             parts.setdefault(names.written(leaf).format(layer), []).append(array)
     # Leaves of one name are parts of one tensor, in their order.
-    tensors = {name: np.ascontiguousarray(np.concatenate(p)) for name, p in parts.items()}
-    for name in [name for name in tensors if name.endswith(MEAN)]:
-        tensors[name.removesuffix(MEAN) + "num_batches_tracked"] = np.zeros((), np.int64)
-    return tensors
+    found = {name: np.ascontiguousarray(np.concatenate(p)) for name, p in parts.items()}
+    for name in [name for name in found if name.endswith(MEAN)]:
+        found[name.removesuffix(MEAN) + "num_batches_tracked"] = np.zeros((), np.int64)
+    return found
 
 
 def _config(settings, labels):

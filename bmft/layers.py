@@ -9,12 +9,10 @@ Precision: parameters come in whatever dtype the tree holds them; products are c
 norms and softmax in float32. The kernel of a `Dense` may be quantized (bmft/quantize.py): then its
 leaves lie in the collection `quant`, and it is dequantized where it is used.
 
-Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; `MLP` (its input
-and output, for parallel adapters), `Residual` and `PreNorm` (a block part's output before it meets
-the residual stream, for Houlsby and Pfeiffer adapters), `KeysValues` (what an attention reads, for
-prefix tuning) and `FeatureBlock` (a unit of a convolutional net, from one feature map to the next,
-for convolutional adapters) by type. Everything is called with positional arguments, since hooks see
-no others.
+Where methods attach: `Dense`, `Embed`, `LayerNorm`, `Conv`, `BatchNorm` by target; by type: `MLP`
+(parallel adapters), `Residual` and `PreNorm` (a block part's output before it meets the residual
+stream: Houlsby's and Pfeiffer's adapters), `KeysValues` (what an attention reads: prefix tuning),
+`FeatureBlock` (a unit of a convolutional net). All are called with positional arguments alone.
 """
 
 import functools
@@ -56,9 +54,10 @@ def _shapes(module, inputs):
 
 
 def scan_layers(
-    block, x, broadcast, *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
+    block, x, broadcast, own=(), *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
 ):
-    """x after `depth` layers of `block(x, broadcast) -> x`, one stacked tree and one compiled body.
+    """x after `depth` layers of `block(x, broadcast, *own) -> x`, one stacked tree and one compiled
+    body. Of the arrays `own` [l, ...] (an attention's windows) each layer has its row.
 
     frozen_below: below this layer nothing moves: the stack is scanned in two pieces, and no
     gradient is computed through the first. The tree is the same whatever the pieces.
@@ -66,24 +65,24 @@ def scan_layers(
     """
     end = depth if end is None else end
 
-    def layer(block, x, broadcast):
-        return block(x, broadcast), None
+    def layer(block, x, broadcast, own):
+        return block(x, broadcast, *own), None
 
-    def stack(block, x, length):
+    def stack(block, x, own, length):
         scan = nn.scan(
             nn.remat(layer, prevent_cse=False) if remat else layer,
             variable_axes=STACKED,
             split_rngs=STREAMS,
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=length,
             unroll=min(unroll, length),
             check_constancy_invariants=False,  # nothing is the same for all: one tracing less
         )
-        return scan(block, x, broadcast)[0]
+        return scan(block, x, broadcast, own)[0]
 
     def piece(x, start, end):
         cut = nn.map_variables(
-            lambda block, x: stack(block, x, end - start),
+            lambda block, x: stack(block, x, tuple(a[start:end] for a in own), end - start),
             list(STACKED),
             trans_in_fn=lambda tree: jax.tree.map(lambda leaf: leaf[start:end], tree),
             mutable=False,
@@ -92,7 +91,7 @@ def scan_layers(
 
     making = block.is_mutable_collection("params") or block.is_mutable_collection("peft")
     if making or (begin, end, frozen_below) == (0, depth, 0):
-        return stack(block, x, depth)
+        return stack(block, x, own, depth)
     split = min(max(begin, frozen_below), end)
     if begin < split:
         x = jax.lax.stop_gradient(piece(x, begin, split))
@@ -156,16 +155,17 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of embedding [v, d] by ids [...] -> [..., d], in `dtype`."""
+    """Rows of embedding [v, d] by ids [...] -> [..., d], in `dtype`, times `scale`."""
 
     rows: int
     features: int
     dtype: Any = jnp.float32
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, ids):
         table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.features))
-        return table.astype(self.dtype)[ids]
+        return table.astype(self.dtype)[ids] * jnp.asarray(self.scale, self.dtype)
 
 
 def _normalise(module, x):

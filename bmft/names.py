@@ -16,7 +16,7 @@ import numpy as np
 
 from bmft.errors import Mistake, nearest
 
-KINDS = {"kernel": "dense", "embedding": "embed", "scale": "norm"}
+KINDS = {"kernel": "dense", "embedding": "embed", "scale": "norm", "tied": "tied"}
 EVERY = {"all-linear": "dense", "all-conv": "conv"}
 STATISTICS = ("mean", "var")  # leaves of a BatchNorm that no gradient moves
 
@@ -42,7 +42,8 @@ class Leaf(NamedTuple):
 
     @property
     def kind(self):
-        """dense, conv, embed or norm: what a module is whose leaf this is; None: says nothing."""
+        """dense, conv, embed, norm or tied (a head that reads the word embedding): what a module is
+        whose leaf this is; None: says nothing."""
         kind = KINDS.get(self.path.rpartition("/")[2])
         conv = "conv" in (self.layout, self.written_layout)
         return "conv" if kind == "dense" and conv else kind
@@ -74,6 +75,23 @@ class Names(NamedTuple):
     layers: int  # of the stack; 0: none
     prefix: str  # "bert."; files may come with or without it
     stages: tuple = ()  # subtrees from the input to the output, of a model that is no stack
+    # Of a language model: its head's kernel, which `all-linear` leaves out; or, where the head is
+    # tied, `<module>/tied`, which is no leaf of the tree, but a module that targets may mean.
+    head: Leaf | None = None
+
+    @property
+    def rows(self):
+        """A row of each module that a target may mean: the leaves, and a tied head's."""
+        return (*self.leaves, self.head) if self.is_tied else self.leaves
+
+    @property
+    def is_tied(self):
+        return self.head is not None and self.head.kind == "tied"
+
+    @property
+    def head_module(self):
+        """The module path of a language model's head; None of another model."""
+        return self.head and self.head.path.rpartition("/")[0]
 
     def written(self, leaf):
         """The leaf's name in a file of weights that we write."""
@@ -102,14 +120,14 @@ class Names(NamedTuple):
     def modules(self, *kinds):
         """{module path: its name in transformers, with {} for the layer}, of the given kinds."""
         found = {}
-        for leaf in self.leaves:
+        for leaf in self.rows:
             if leaf.kind in kinds:
                 found[leaf.path.rpartition("/")[0]] = self.full(leaf).rpartition(".")[0]
         return found
 
     def called(self, path, layer):
         """The unstacked names of the module at `path` in `layer`: ours, then transformers'."""
-        leaf = next(leaf for leaf in self.leaves if leaf.path.startswith(path + "/"))
+        leaf = next(leaf for leaf in self.rows if leaf.path.startswith(path + "/"))
         theirs = dict.fromkeys((self.full(leaf), *leaf.modules, self.written(leaf)))
         modules = (name.rpartition(".")[0].format(layer) for name in theirs)
         return unstacked(path, layer), *modules
@@ -130,9 +148,9 @@ def target(names, entries, *, head=(), without=None, kinds=("dense",), layers=No
     """Which modules a method is put on: {module path: bool [l], or bool [] outside the stack}.
 
     entries: a list of names matched by peft's rule against the names of each module; or
-        `all-linear` (every dense module but the head), `all-conv` (every convolution); or `re:` and
-        a regular expression that matches a whole name. Each must match, else `Mistake` with the
-        nearest name.
+        `all-linear` (every dense module but the head, a language model's too), `all-conv` (every
+        convolution); or `re:` and a regular expression that matches a whole name. Each must match,
+        else `Mistake` with the nearest name.
     head: paths a target never reaches (the task's head, trained whole).
     without: modules it does not reach in some layers, {module path: bool [l] or []}.
     layers: indices of the layers meant; None is all. Modules outside the stack are then left out.
@@ -143,7 +161,7 @@ def target(names, entries, *, head=(), without=None, kinds=("dense",), layers=No
                 last = names.layers - 1
                 raise Mistake(f"no layer {layer} to transform: the model has 0 to {last}")
     candidates = [
-        (path, layer, kind, names.called(path, layer))
+        (path, layer, kind if path != names.head_module else "head", names.called(path, layer))
         for kind in kinds
         for path in names.modules(kind)
         for layer in names.layers_of(path)

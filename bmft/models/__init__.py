@@ -1,7 +1,7 @@
 """Pretrained models: found by name, read from their files, described by a names table.
 
 One file of this folder per architecture. It holds `FAMILIES` (which `model_type` of a config.json
-it computes), `configure(json, outputs)`, `names(config)`, `Classifier` (flax.linen),
+it computes), `configure(json, outputs)`, `names(config)`, `Classifier` or `CausalLM` (flax.linen),
 `dummy(config)`, `SHARDING`, and what its files hold beside the model (`IGNORED`, `OTHER_HEADS`). A
 new file with these is found by itself. One that also holds `recognize(shapes)` reads weights that
 come without such a config.json (torchvision's, timm's): it gets {tensor: shape} and returns the
@@ -46,7 +46,7 @@ class Model(NamedTuple):
     folder: Path  # where config.json, the tokenizer and the weights lie; or the one file of them
     json: dict  # config.json, with the defaults of transformers filled in
     config: Any  # the architecture's own Config
-    module: Any  # flax.linen: apply(variables, batch, train) -> logits
+    module: Any  # flax.linen: apply(variables, batch, train) -> logits (bmft.models.causal: more)
     names: Any  # bmft.names.Names
     dummy: dict  # the smallest batch
     sharding: tuple  # (path pattern, axes) rules
@@ -58,8 +58,9 @@ class Model(NamedTuple):
         return tokenizer(self)
 
 
-def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1, **changes):
-    """The `Model` called `name`, with a head of `outputs` numbers; reads no weights.
+def find(name, *, outputs=None, dtype=jnp.float32, remat="none", unroll=1, **changes):
+    """The `Model` called `name`, with a head of `outputs` numbers, or, without such a number, the
+    language model; reads no weights.
 
     name: a preset, a Hugging Face directory, a file of weights, or a Hub id. changes: fields of the
     architecture's Config to set, as batch_norm="update". Raises Mistake for a name, folder or
@@ -68,6 +69,10 @@ def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1, **changes)
     folder = locate(name)
     settings = read_json(folder)
     file = _architecture(settings["model_type"], folder)
+    kind = "CausalLM" if outputs is None else "Classifier"
+    if not hasattr(file, kind):
+        what = "language model" if outputs is None else "classifier"
+        raise Mistake(f"model.name: of {name} ({settings['model_type']}) there is no {what} here")
     config = file.configure(settings, outputs)
     for field in changes:
         if field not in config._fields:
@@ -80,11 +85,12 @@ def find(name, *, outputs, dtype=jnp.float32, remat="none", unroll=1, **changes)
         folder=folder,
         json=settings,
         config=config,
-        module=file.Classifier(config, dtype, remat, unroll),
+        module=getattr(file, kind)(config, dtype, remat, unroll),
         names=file.names(config),
         dummy=file.dummy(config),
         sharding=file.SHARDING,
         ignored=file.IGNORED + file.OTHER_HEADS,
+        heads=() if outputs is None else ("classifier",),
     )
 
 

@@ -110,7 +110,9 @@ def load(model, key, *, dtype=None, sharding=None, shared=None, quantized=None):
     leaves |= _initialise(model, key, tuple(fresh), dtype, sharding)
     left = sorted(set(files.where) - used)
     replaced = {leaf.file for leaf in model.names.leaves if leaf.path in fresh}
-    without = (*model.ignored, *replaced)
+    layered = (name.format(layer) for name in model.ignored for layer in range(model.names.layers))
+    without = (*model.ignored, *layered, *replaced)
+    _check_tied(files, model.names)
     ignored = [name for name in left if name.startswith(without) or name.endswith(COUNTERS)]
     unknown = [name for name in left if name not in ignored]
     if unknown:
@@ -174,6 +176,24 @@ def _missing(files, leaf, keys, shape):
             found = list(tensor.shape)
             raise Mistake(f"{tensor.file}: tensor {tensor.name!r} has shape {found}, {needs}")
     return False
+
+
+def _check_tied(files, table):
+    """Refuses a head in the file that is not the word embedding which config.json says it is."""
+    words = next((leaf.file for leaf in table.leaves if leaf.kind == "embed"), None)
+    if not table.is_tied or table.head.file not in files.where:
+        return
+    one, other = (_whole(files.where[key]) for key in (table.head.file, words))
+    if not np.array_equal(one, other):
+        raise Mistake(
+            f"{files.folder}: {table.head.file!r} is another tensor than {words!r}; config.json "
+            "must say tie_word_embeddings: false"
+        )
+
+
+def _whole(tensor):
+    with tensors.opened(tensor.file) as file:
+        return file.read(tensor.name, tuple(slice(0, size) for size in tensor.shape))
 
 
 def _is_stacked(leaf):

@@ -240,16 +240,21 @@ def added(moving, frozen):
 
 
 def _without(batch, virtual):
-    """A packed batch as the base alone reads it: columns of virtual tokens are padding."""
+    """A packed batch as the base alone reads it: columns of virtual tokens are padding, of which
+    nothing is asked."""
     ids = batch["input_ids"]
     real = ids < virtual.start
     count = jnp.where(real.all(), 0, len(virtual))  # the dummy has none
-    return batch | {
+    batch = batch | {
         "input_ids": jnp.where(real, ids, 0),
         "segments": jnp.where(real, batch["segments"], 0),
         "positions": jnp.where(real, jnp.maximum(batch["positions"] - count, 0), 0),
-        "first": batch["first"] + count,
     }
+    if "first" in batch:
+        batch["first"] = batch["first"] + count
+    if "targets" in batch:
+        batch["targets"] = jnp.where(real, batch["targets"], -1)
+    return batch
 
 
 def constants(methods):

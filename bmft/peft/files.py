@@ -36,7 +36,7 @@ from bmft.peft import adapterhub, adapterhub_head, matching, own, portable, read
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # PEFT's task_type of text classifiers; it has none for images, which are adapted without, or with
 # the one of encoders.
-TEXT, IMAGES = ("SEQ_CLS", None), (None, "FEATURE_EXTRACTION")
+TEXT, IMAGES, LANGUAGE = ("SEQ_CLS", None), (None, "FEATURE_EXTRACTION"), ("CAUSAL_LM", None)
 # The bias of a head's last layer: ours, and as transformers, torchvision and timm call it.
 HEAD_BIAS = (
     r"params/classifier/out/bias|"
@@ -158,6 +158,8 @@ def write(folder, methods, groups, model, moving, frozen, *, base, fingerprint, 
 
 def _tasks(model):
     """The task_types that an adapter of the model may have, the first of which is written."""
+    if model.names.head:
+        return LANGUAGE
     return IMAGES if "images" in model.dummy else TEXT
 
 

@@ -25,8 +25,9 @@ from bmft.errors import Mistake, nearest
 from bmft.peft import convolution, matching, patterns
 
 BIASES = ("none", "all", "lora_only")
-KINDS = ("dense", "conv", "embed")
+KINDS = ("dense", "conv", "embed", "tied")
 FACTORS = ("lora_a", "lora_b")
+WORDS = "embeddings/word"
 
 
 class Plan(NamedTuple):
@@ -137,7 +138,8 @@ def plan(
         "bias": bias,
         **spelled,
         "init_lora_weights": True,
-        "fan_in_fan_out": False,
+        # What PEFT calls it that kernels lie [in, out], as GPT-2's do.
+        "fan_in_fan_out": any(_lies_as_ours(table, path) for path in sites),
     }
     return Plan(method, table, sites, ranks, scales, saved, settings, tuple(modules_to_save))
 
@@ -152,6 +154,12 @@ def _check_kinds(method, table, sites, kinds):
                 f"peft.{method}.targets: {others[0]} is a module of another kind: {method} is for "
                 f"{only}; lora is for convolutions and embeddings, too"
             )
+
+
+def _lies_as_ours(table, path):
+    """Is a module's kernel [in, out] in transformers' files?"""
+    kernels = [leaf for leaf in table.leaves if leaf.path == f"{path}/kernel"]
+    return any((leaf.written_layout or leaf.layout) == "same" for leaf in kernels)
 
 
 def root(ranks, rslora):
@@ -199,8 +207,9 @@ def update(module, x, a, b, scale):
     """The update of what `read` gives, float32."""
     if isinstance(module, layers.Conv):
         return convolution.update(x, a, b, scale, module)
-    hidden = a[x] if isinstance(module, layers.Embed) else x @ a
-    return (hidden * scale) @ b
+    if isinstance(module, layers.Embed):
+        return (a[x] * scale) @ b * module.scale
+    return (x @ a * scale) @ b
 
 
 def merge(plan, params, added, changed):
@@ -209,6 +218,11 @@ def merge(plan, params, added, changed):
     changed(module path, weight, {name: leaf of the method}) -> weight.
     """
     flat, embeds = tree.flatten(params), plan.on("embed")
+    if plan.table.is_tied and {plan.table.head_module, WORDS} & set(plan.sites):
+        raise Mistake(
+            f"method {plan.method!r} cannot be merged into plain weights: the head and the word "
+            "embedding are one table, and only one of the two is changed"
+        )
     leaves = tree.flatten(added["peft"]) | tree.flatten(added["peft_const"])
     for path in plan.sites:
         weight = f"{path}/{'embedding' if path in embeds else 'kernel'}"

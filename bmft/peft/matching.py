@@ -21,6 +21,7 @@ from bmft.errors import Mistake
 # PEFT trains these in any sequence classifier, whatever modules_to_save says.
 HEADS = ("classifier", "score")
 KINDS = {"dense": "dense layer", "conv": "convolution", "embed": "embedding", "norm": "norm"}
+KINDS["tied"] = "head that is the word embedding"
 
 
 def targets(names, fields, kinds=("dense", "conv")):
@@ -274,7 +275,7 @@ def _all_linear(names):
     return {
         path: everywhere(names, path)
         for path in names.modules("dense")
-        if path not in head_modules(names)
+        if path not in head_modules(names) and path != names.head_module
     }
 
 

@@ -76,9 +76,9 @@ def decode(method, model, shapes, tensors, modules_to_save, file):
     zeros |= tree.flatten(peft.constants((method,)))
     of_method = _encode_added(method, names, tree.unflatten(zeros))
     wanted |= {key: tensor.shape for key, tensor in of_method.items()}
-    repeated = {key: path for key, path in _embeddings(names).items() if key not in wanted}
-    repeated = {key: path for key, path in repeated.items() if key in tensors}
-    wanted |= {key: base[path].shape for key, path in repeated.items()}
+    repeated = {key: leaf for key, leaf in _embeddings(names).items() if key not in wanted}
+    repeated = {key: leaf for key, leaf in repeated.items() if key in tensors}
+    wanted |= {key: _shape(leaf, None, base[leaf.path].shape) for key, leaf in repeated.items()}
     check(wanted, tensors, file, may_have=_copies(tensors, wanted) if bias == "all" else ())
     leaves, rows = {}, {}
     for key, (leaf, layer) in slots.items():
@@ -92,7 +92,14 @@ def decode(method, model, shapes, tensors, modules_to_save, file):
         rows[path][layer] = True
     leaves |= _decode_added(method, names, added, tensors)
     rows = {path: mask for path, mask in rows.items() if not mask.all()}
-    return leaves, rows, {f"params/{path}": tensors[key] for key, path in repeated.items()}
+    return (
+        leaves,
+        rows,
+        {
+            f"params/{leaf.path}": from_file(_layout(leaf), tensors[key])
+            for key, leaf in repeated.items()
+        },
+    )
 
 
 def expected(methods, model):
@@ -208,11 +215,17 @@ def _shape(leaf, layer, shape):
 
 
 def _embeddings(names):
-    """{key: path} of the tables of embeddings that PEFT may write beside an adapter
-    (save_embedding_layers), by themselves or as what its module on them holds."""
+    """{key: leaf} of the tables of embeddings, and of a language model's head, that PEFT may write
+    beside an adapter (save_embedding_layers), by themselves or as what its module on them holds."""
+    tables = {
+        name: names.leaf(f"{path}/embedding") for path, name in names.modules("embed").items()
+    }
+    if names.head:
+        leaf = names.leaf("embeddings/word/embedding") if names.is_tied else names.head
+        tables[names.full(names.head).rpartition(".")[0]] = leaf
     return {
-        f"{PREFIX}{name}{inside}.weight": f"{path}/embedding"
-        for path, name in names.modules("embed").items()
+        f"{PREFIX}{name}{inside}.weight": leaf
+        for name, leaf in tables.items()
         for inside in ("", ".base_layer", ".token_adapter.base_layer")
     }
 

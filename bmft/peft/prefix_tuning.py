@@ -6,13 +6,15 @@ P-tuning v2 (Liu et al. 2021, arXiv:2110.07602).
     projection:  z = tanh(E W + b),  P_k = z W_k + b_k  in each layer, and P_v likewise
 
 It takes no room in a packed row, but the first n positions of each example, whose tokens are
-counted from n on, as PEFT's are. (A vision transformer has its positions in the image.) Prefixes
-and E start normal with deviation 1, W and its like as torch's linear layers; `zero` makes P_k and
-P_v 0, which still takes its share of the attention. So it does not start as the base.
+counted from n on, as PEFT's are; its keys are not turned where keys are rotary, and it lies in
+every sliding window. (A vision transformer has its positions in the image.) Prefixes and E start
+normal with deviation 1, W and its like as torch's linear layers; `zero` makes P_k and P_v 0, which
+still takes its share of the attention. So it does not start as the base.
 
 PEFT's file has the prefix itself, and that is what is read and trained on: W and E are not in it.
 
-Shapes: l layers, n tokens, d width, h hidden.
+Shapes: l layers, n tokens, d width of a token's keys (the model's, unless heads share them),
+h hidden.
 
     peft/layers/attention/keys_values/prefix_{key,value} [l, n, d]
     with a projection, in their place:
@@ -34,7 +36,7 @@ from bmft.peft.files import Layout
 
 NAME = "prefix_tuning"
 TAP = "layers/attention/keys_values"
-POSITIONS = "embeddings/position"
+POSITIONS = ("embeddings/position", "rotary")
 STARTS = ("random", "zero")
 PARTS = ("prefix_key", "prefix_value")
 
@@ -51,7 +53,7 @@ def make(
     """tokens: keys and values a layer; 20 are those of PEFT's examples. init: `random` or `zero`.
     hidden: width inside the projection; None is the model's. Raises Mistake for a model without
     attention."""
-    if "layers/attention/key" not in model.names.modules("dense"):
+    if "layers/attention/output" not in model.names.modules("dense"):
         raise Mistake(f"peft.prefix_tuning: {model.name} has no attention, and no keys and values")
     if init not in STARTS:
         raise Mistake(f"peft.prefix_tuning.init is {init!r}; {nearest(init, STARTS)}")
@@ -59,13 +61,12 @@ def make(
         why = "it must be 1 or more" if projection else "only a projection has one"
         raise Mistake(f"peft.prefix_tuning.hidden is {hidden}; {why}")
     prompts.check(model, NAME, tokens)
-    width = model.config.width
-    hidden = hidden or width
-    counted = POSITIONS in model.names.modules("embed")
+    width = _width(model.config)
+    hidden = hidden or model.config.width
 
     def hook(module, call, *args):
         path = peft.path_of(module)
-        if path == POSITIONS:
+        if path in POSITIONS:
             return call(args[0] + tokens)
         if not isinstance(module, layers.KeysValues):
             return call(*args)
@@ -100,6 +101,7 @@ def make(
         _in_peft,
         # A prefix that was projected is like any other, and PEFT may train on as one.
         prefix_projection=False,
+        **_sizes(model),
     )
     return peft.Method(
         NAME,
@@ -109,9 +111,14 @@ def make(
         rows=rows,
         undecayed=tuple(f"{part}_bias" for part in PARTS),
         identity=math.inf,
-        positions=tokens if counted else 0,
+        positions=tokens if "positions" in model.dummy else 0,
         files=files,
     )
+
+
+def _width(config):
+    """Numbers of a token's keys, of all heads."""
+    return config.kv_heads * config.head_dim if hasattr(config, "kv_heads") else config.width
 
 
 def _before(prefix_nd, x_bshk):
@@ -165,7 +172,7 @@ def _encode(projection):
 
 def _decode(config):
     def decode(table):
-        both_nlpd = table.reshape(-1, config.depth, 2, config.width)
+        both_nlpd = table.reshape(-1, config.depth, 2, _width(config))
         halves = both_nlpd.transpose(2, 1, 0, 3)
         return {f"peft/{TAP}/{part}": half for part, half in zip(PARTS, halves, strict=True)}
 
@@ -173,8 +180,32 @@ def _decode(config):
 
 
 def _in_peft(model):
-    """Can PEFT compute it? transformers' DistilBERT and ViT take no keys and values from before."""
-    return model.config.family in ("bert", "roberta")
+    """Can PEFT compute it? transformers' DistilBERT and ViT take no keys and values from before;
+    and where there are sliding windows, the prefix soon lies outside of them."""
+    causal = model.names.head is not None and not _slides(model)
+    return causal or model.config.family in ("bert", "roberta")
+
+
+def _slides(model):
+    return any(getattr(model.config, "windows", ()))
+
+
+def _sizes(model):
+    """What PEFT's configuration says of a model: of its keys and values."""
+    heads = getattr(model.config, "kv_heads", model.config.heads)
+    own = {"token_dim": _width(model.config), "num_attention_heads": heads}
+    return prompts.sizes(model) | own
+
+
+def _fits(fields, model):
+    """Raises Mistake where PEFT's configuration speaks of another model, or PEFT computes it
+    otherwise."""
+    prompts.fits(fields, model, _sizes)
+    if _slides(model):
+        raise Mistake(
+            f"{model.name} has sliding windows, outside of which PEFT leaves the prefix; here "
+            "every token reads it"
+        )
 
 
 LAYOUT = Layout(
@@ -184,5 +215,5 @@ LAYOUT = Layout(
     ignored=("encoder_hidden_size", "init_weights", "prefix_projection"),
     defaults={},
     arguments=prompts.arguments,
-    fits=prompts.fits,
+    fits=_fits,
 )

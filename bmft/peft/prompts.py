@@ -101,15 +101,7 @@ def shared_leaves(method, leaves):
 
 def files(model, peft_type, tokens, modules_to_save, encode, decode, expressible=None, **settings):
     """`Files` of a prompt: encode(leaves) -> array, decode(array) -> leaves {collection/path}."""
-    config = model.config
-    settings |= {
-        "peft_type": peft_type,
-        "num_virtual_tokens": tokens,
-        "token_dim": config.width,
-        "num_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_transformer_submodules": 1,
-    }
+    settings = {"peft_type": peft_type, "num_virtual_tokens": tokens} | sizes(model) | settings
     return Files(
         settings,
         {},
@@ -121,15 +113,19 @@ def files(model, peft_type, tokens, modules_to_save, encode, decode, expressible
     )
 
 
-def fits(fields, model):
-    """Raises Mistake where PEFT's configuration speaks of a model of other sizes."""
-    has = {
+def sizes(model):
+    """What PEFT's configuration says of a model."""
+    return {
         "token_dim": model.config.width,
         "num_layers": model.config.depth,
         "num_attention_heads": model.config.heads,
         "num_transformer_submodules": 1,
     }
-    for field, size in has.items():
+
+
+def fits(fields, model, sizes=sizes):
+    """Raises Mistake where PEFT's configuration speaks of a model of other sizes."""
+    for field, size in sizes(model).items():
         if fields.get(field) not in (None, size):
             raise Mistake(f"field {field!r} is {fields[field]}; {model.name} has {size}")
 

@@ -49,7 +49,12 @@ class Several(NamedTuple):
 
     def choose(self, batch, name):
         """The batch, all of it for one adapter; None: for the base alone."""
-        shape = batch["first"].shape if "segments" in batch else batch["images"].shape[:1]
+        if "first" in batch:
+            shape = batch["first"].shape
+        elif "segments" in batch:  # a language model's has no slots of examples
+            shape = len(batch["segments"]), max(int(np.max(batch["segments"])), 1)
+        else:
+            shape = batch["images"].shape[:1]
         return batch | {"adapters": np.full(shape, self.index(name), np.int32)}
 
 

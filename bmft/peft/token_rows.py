@@ -107,7 +107,7 @@ def _hook(sites, ids):
         place = np.full(len(table), len(ids), np.int32)
         place[ids] = np.arange(len(ids))
         place = jnp.asarray(place)[args[0]]
-        own = jnp.take(rows, place, axis=0, mode="clip").astype(out.dtype)
+        own = module.scale * jnp.take(rows, place, axis=0, mode="clip").astype(out.dtype)
         return jnp.where((place < len(ids))[..., None], own, out)
 
     return hook
@@ -127,7 +127,12 @@ def _merge(sites, ids):
 
 
 def _sizes(model, sites):
-    """{module path: rows of its table}"""
+    """{module path: rows of its table}. Mistake where a head reads one of the tables, too."""
+    if model.names.is_tied and "embeddings/word" in sites:
+        raise Mistake(
+            f"token rows: the head of {model.name} is the table of its word embedding, whose rows "
+            "would change in one of the two places alone"
+        )
     shapes = layers.shapes(model.module, model.dummy)["params"]
     return {path: tree.flatten(shapes)[f"{path}/embedding"].shape[0] for path in sites}
 

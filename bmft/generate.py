@@ -1,0 +1,262 @@
+"""Causal language models go on with prompts: batches of different lengths, a cache of keys and
+values, two compiled programs (the prompts at once, then some tokens a call).
+
+    speak = Generator(apply, variables, model, tokens=64)
+    for texts in speak([[5, 8, 2], [7]], Sampling(temperature=0.7, top_p=0.9), seed=3): ...
+
+Shapes: b prompts, t columns of the longest prompt, s columns of the cache, n tokens to be made,
+v vocabulary. How a token is chosen are pure functions of scores [b, v], as transformers has them
+and in its order: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmft import peft
+from bmft.errors import Mistake
+from bmft.models import causal
+
+ROUND = 32  # prompts are padded to a multiple of it, so that few programs are compiled
+NEVER = -jnp.inf
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen; as it stands, the likeliest. Hashable: a program is compiled of it."""
+
+    temperature: float = 0.0  # 0: the likeliest token, whatever the other fields say but the last
+    top_k: int = 0  # of the so many likeliest; 0: of all
+    top_p: float = 1.0  # of the fewest that have so much probability together
+    min_p: float = 0.0  # of those that have so much of the likeliest one's probability
+    repetition_penalty: float = 1.0  # Keskar et al. 2019 (arXiv:1909.05858), of the prompt, too
+
+
+LIKELIEST = Sampling()
+
+
+class State(NamedTuple):
+    """What goes from token to token."""
+
+    cache: Any
+    scores: Any  # float32 [b, v] of the next token
+    lengths: Any  # int32 [b]: tokens in the cache
+    done: Any  # bool [b]
+    seen: Any  # bool [b, v]: tokens of the text so far; None without a repetition penalty
+    key: Any
+
+
+# --- how a token is chosen ---------------------------------------------------------------------
+
+
+def penalised(scores, seen, penalty):
+    """Scores of tokens that were seen are moved down: over the penalty, or times it below zero."""
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def top_k(scores, k):
+    """All but the k highest are out; what equals the lowest of those stays."""
+    least = jax.lax.top_k(scores, min(k, scores.shape[-1]))[0][..., -1:]
+    return jnp.where(scores < least, NEVER, scores)
+
+
+def top_p(scores, p):
+    """The fewest of the highest that have the probability p together; at least one."""
+    order = jnp.argsort(scores, -1)
+    rising = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, -1)), -1)
+    out = (rising <= 1 - p).at[..., -1].set(False)
+    return jnp.where(jnp.take_along_axis(out, jnp.argsort(order, -1), -1), NEVER, scores)
+
+
+def min_p(scores, p):
+    """Those with at least p times the probability of the likeliest."""
+    chances = jax.nn.softmax(scores)
+    return jnp.where(chances < p * chances.max(-1, keepdims=True), NEVER, scores)
+
+
+def chosen(scores, seen, sampling, key):
+    """int32 [b]: a token a row."""
+    how = sampling
+    if how.repetition_penalty != 1.0:
+        scores = penalised(scores, seen, how.repetition_penalty)
+    if how.temperature == 0.0:
+        return scores.argmax(-1).astype(jnp.int32)
+    scores = scores / how.temperature
+    if how.top_k:
+        scores = top_k(scores, how.top_k)
+    if how.top_p < 1.0:
+        scores = top_p(scores, how.top_p)
+    if how.min_p:
+        scores = min_p(scores, how.min_p)
+    return jax.random.categorical(key, scores).astype(jnp.int32)
+
+
+def check(sampling):
+    """Raises Mistake for a value out of range."""
+    bounds = {
+        "temperature": (0, None),
+        "top_k": (0, None),
+        "top_p": (0, 1),
+        "min_p": (0, 1),
+        "repetition_penalty": (0, None),
+    }
+    for field, (low, high) in bounds.items():
+        value, open_below = getattr(sampling, field), field in ("top_p", "repetition_penalty")
+        outside = value <= low if open_below else value < low
+        if outside or (high is not None and value > high):
+            least = f"above {low}" if open_below else f"{low} or more"
+            most = "" if high is None else f", and at most {high}"
+            raise Mistake(f"{field} is {value}; it must be {least}{most}")
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+class Generator:
+    """Goes on with prompts, which are lists of ids. Methods are as they are in `apply`."""
+
+    def __init__(self, apply, variables, model, *, tokens, methods=(), ends=(), burst=16):
+        """apply: of bmft.peft.attach (or of bmft.peft.several). tokens: to be made, at most.
+        ends: ids behind which a text is over; they are its last. burst: tokens made between two
+        looks of the host, which is how long a text that is streamed waits."""
+        self._apply, self._variables, self._model = apply, variables, model
+        self._tokens, self._ends, self._burst = tokens, tuple(ends), burst
+        self._virtual = list(peft.virtual_ids(methods, model))
+        self._room = peft.room(methods, model)
+        self._dtype = model.module.dtype
+        # The cache is written in place.
+        self._begin = jax.jit(self._prefill, static_argnames=("penalty",), donate_argnums=1)
+        self._advance = jax.jit(self._decode, static_argnames=("sampling",), donate_argnums=1)
+
+    def __call__(self, prompts, sampling=LIKELIEST, *, seed=0, over=None, more=None):
+        """Yields the new ids of each prompt so far, [[id, ...], ...], until all texts are over.
+
+        over: asked with the same lists, gives bool [b]: texts that are over for another reason (a
+        stop string). more: arrays that the batch has beside the tokens (`adapters` [b, 1] of
+        bmft.peft.several). Raises Mistake for prompts that are empty or leave no room.
+        """
+        check(sampling)
+        texts, more = [[] for _ in prompts], more or {}
+        ids, lengths, columns = self._padded(prompts)
+        cache = causal.empty_cache(self._model.config, len(prompts), columns, self._dtype)
+        penalty = sampling.repetition_penalty != 1.0
+        key = jax.random.key(seed)
+        state = self._begin(self._variables, cache, ids, lengths, key, more, penalty=penalty)
+        made, done = 0, np.zeros(len(prompts), bool)
+        while made < self._tokens and not done.all():
+            burst, state = self._advance(self._variables, state, more, sampling=sampling)
+            burst = np.asarray(burst)[: self._tokens - made]
+            made += len(burst)
+            for text, new in zip(texts, burst.T, strict=True):
+                text.extend(int(token) for token in new if token >= 0)
+            done = np.asarray(state.done)
+            if over is not None:
+                done = done | np.asarray(over(texts), bool)
+                state = state._replace(done=jnp.asarray(done))
+            yield texts
+
+    def _padded(self, prompts):
+        """(ids [b, t], lengths [b], columns of the cache)"""
+        if not prompts or not all(prompts):
+            raise Mistake("a prompt is empty: there is nothing to go on with")
+        prompts = [[*self._virtual, *ids] for ids in prompts]
+        longest = max(map(len, prompts))
+        if longest + self._tokens > self._room:
+            raise Mistake(
+                f"a prompt of {longest} tokens and {self._tokens} new ones are more than the "
+                f"{self._room} that {self._model.name} has room for"
+            )
+        ids = np.zeros((len(prompts), -(-longest // ROUND) * ROUND), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        return ids, lengths, -(-(longest + self._tokens) // ROUND) * ROUND
+
+    def _prefill(self, variables, cache, ids, lengths, key, more, penalty):
+        columns = jnp.arange(ids.shape[1])
+        real = columns < lengths[:, None]
+        batch = {
+            "input_ids": ids,
+            "segments": real.astype(jnp.int32),
+            "positions": jnp.broadcast_to(columns, ids.shape),
+            "at": lengths[:, None] - 1,
+            "cache": cache,
+        }
+        scores, cache = self._apply(variables, batch | more)
+        rows, seen = jnp.arange(len(ids))[:, None], None
+        if penalty:
+            seen = jnp.zeros(scores[:, 0].shape, bool)
+            outside = jnp.where(real, ids, seen.shape[1])  # padding, as virtual tokens
+            seen = seen.at[rows, outside].set(True, mode="drop")
+        return State(cache, scores[:, 0], lengths, jnp.zeros(len(ids), bool), seen, key)
+
+    def _decode(self, variables, state, more, sampling):
+        """(tokens [burst, b], -1 where a text was over, the state behind them)."""
+
+        def step(state, _):
+            key, own = jax.random.split(state.key)
+            token = chosen(state.scores, state.seen, sampling, own)
+            shown = jnp.where(state.done, -1, token)
+            over = jnp.isin(token, jnp.array(self._ends, jnp.int32)) if self._ends else False
+            batch = {
+                "input_ids": token[:, None],
+                "segments": 1 - state.done[:, None].astype(jnp.int32),
+                "positions": state.lengths[:, None],
+                "cache": state.cache,
+            }
+            scores, cache = self._apply(variables, batch | more)
+            seen = state.seen
+            if seen is not None:
+                seen = seen.at[jnp.arange(len(token)), token].set(True)
+            lengths = state.lengths + ~state.done
+            return State(cache, scores[:, 0], lengths, state.done | over, seen, key), shown
+
+        state, tokens = jax.lax.scan(step, state, length=self._burst)
+        return tokens, state
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+def cut(text, stops):
+    """(the text before the first of the stop strings, whether there was one)."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def speak(generator, tokenizer, prompts, sampling=LIKELIEST, *, stops=(), show=None, **how):
+    """The texts that prompts are gone on with: what is made, without prompts and special tokens.
+
+    prompts: lists of ids. stops: strings before which a text ends. show(row, new text): called as
+    it grows; a text that may be the beginning of a stop string, or of a character, is held back.
+    """
+    shown, texts = [0] * len(prompts), [("", False)] * len(prompts)
+
+    def read(lists):
+        decoded = (tokenizer.decode(ids, skip_special_tokens=True) for ids in lists)
+        texts[:] = [cut(text, stops) for text in decoded]
+        return [over for _, over in texts]
+
+    for _ in generator(prompts, sampling, over=read, **how):
+        if show is not None:
+            _show(texts, shown, stops, show, last=False)
+    if show is not None:
+        _show(texts, shown, stops, show, last=True)
+    return [text for text, _ in texts]
+
+
+def _show(texts, shown, stops, show, last):
+    for row, (text, over) in enumerate(texts):
+        end = len(text) if last or over else len(text) - held(text, stops)
+        if end > shown[row]:
+            show(row, text[shown[row] : end])
+            shown[row] = end
+
+
+def held(text, stops):
+    """How many of the last characters may be the beginning of a stop string, or are half a
+    character (U+FFFD)."""
+    broken = len(text) - len(text.rstrip("\ufffd"))
+    starts = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(broken, *starts, 0)
