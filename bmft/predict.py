@@ -216,7 +216,7 @@ def main(argv):
     parser.add_argument("--run", help="a run directory")
     parser.add_argument("--base", help="a model: directory, preset or Hub id")
     parser.add_argument("--adapter", help="an adapter directory, ours, PEFT's or AdapterHub's")
-    parser.add_argument("--input", help=".jsonl, .csv, .tsv or .parquet")
+    parser.add_argument("--input", help=".jsonl, .json, .csv, .tsv, .txt or .parquet")
     parser.add_argument("--output", help=".jsonl; standard output where it is not given")
     parser.add_argument("--text", action="append", default=[], help="a text; may be given again")
     parser.add_argument("--text-pair", action="append", default=[], help="the second text of each")
