@@ -200,9 +200,9 @@ def _few_shapes(arrays):
             width[axis] = (0, (1 << (size - 1).bit_length()) - size)
         return np.pad(array, width, constant_values=empty)
 
-    slots = ("first", "labels", "weights", "index")
+    slots, nothing = ("first", "labels", "weights", "index"), ("index", "targets")
     return {
-        name: pad(array, (0, 1) if name in slots else (0,), -1 if name == "index" else 0)
+        name: pad(array, (0, 1) if name in slots else (0,), -1 if name in nothing else 0)
         for name, array in arrays.items()
     }
 
