@@ -33,6 +33,9 @@ TEMPLATES = {
     "llama3": """{{- bos_token }}{% for m in messages %}
 {{- '<turn>' + m.role + '<end>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<turn>assistant<end>\n\n' }}{% endif %}""",
+    "llama3 at first": """{{- bos_token }}{% for m in messages %}
+{{- '<turn>' + m.role + '<end>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}
+{{- '<turn>assistant<end>\n\n' }}""",
     "gemma": """{{- bos_token }}{% if messages[0].role == 'system' %}
 {{- raise_exception('System role not supported') }}{% endif %}{% for m in messages %}
 {%- set role = 'model' if m.role == 'assistant' else m.role %}

@@ -101,8 +101,15 @@ def prompt(tokenizer, turns, style):
     return turns[0].content + style.separator.rstrip(" ") if turns else ""
 
 
-def spans(tokenizer, turns, style):
-    """(the text of a dialog, [(start, end)] of what is learned in it). Raises Unfit."""
+def ends(tokenizer):
+    """A pattern of the special tokens, of which one mostly ends a turn."""
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+
+
+def spans(tokenizer, turns, style, ends):
+    """(the text of a dialog, [(start, end)] of what is learned in it). ends: of `ends`. Raises
+    Unfit."""
     if style.template == "plain":
         before = prompt(tokenizer, turns[:-1], style)
         spaces = style.separator[len(style.separator.rstrip(" ")) :] if before else ""
@@ -113,11 +120,11 @@ def spans(tokenizer, turns, style):
     text, found = render(tokenizer, turns), []
     for i, turn in enumerate(turns):
         if turn.role == "assistant" and (style.answers == "all" or i == len(turns) - 1):
-            found.append(_span(tokenizer, text, turns, i))
+            found.append(_span(tokenizer, text, turns, i, ends))
     return text, found
 
 
-def _span(tokenizer, text, turns, i):
+def _span(tokenizer, text, turns, i, ends):
     """(start, end) of answer i in `text`, the rendered dialog."""
     answer = turns[i].content.strip()  # many templates strip it
     opened = render(tokenizer, turns[:i], opened=True)
@@ -132,7 +139,9 @@ def _span(tokenizer, text, turns, i):
     # one that comes on top is the answer's: Qwen3's empty thoughts.
     if lead.strip() and opened == render(tokenizer, turns[:i]):
         raise Unfit(f"opens an answer by {lead.strip()!r} but not with add_generation_prompt")
-    mark = mark.rstrip()
+    # Llama 3's first template opens another answer behind every dialog, asked or not.
+    special = ends.search(mark)
+    mark = mark[: special.end()] if special else mark.rstrip()
     if not mark:
         raise Unfit("has no mark where an answer ends, so that none would ever be ended")
     if not tail.startswith(mark):

@@ -83,6 +83,7 @@ def _encode(table, tokenizer, style, max_length):
         found = _ids(tokenizer, style, dialogs, lambda i, s=start: table.where(s + i // parts))
         pairs = [found[i : i + parts] for i in range(0, len(found), parts)]
         for row, pair in zip(chunk, pairs, strict=True):
+            pair = [_until_learned(*one) for one in pair]
             cut = [(ids[:max_length], mask[:max_length]) for ids, mask in pair]
             # Nothing comes before a first token that it could be predicted from.
             if all(any(mask[1:]) for _, mask in cut):
@@ -108,6 +109,12 @@ def _encode(table, tokenizer, style, max_length):
     )
 
 
+def _until_learned(ids, learned):
+    """Without what follows the last learned token, which nothing depends on."""
+    end = len(ids) - learned[::-1].index(True)
+    return ids[:end], learned[:end]
+
+
 def _sequences(table, row):
     """The dialogs that an example is."""
     turns = table.dialogs[row]
@@ -121,12 +128,13 @@ def _ids(tokenizer, style, dialogs, where=lambda i: None):
     raised as it is."""
     in_chat, rendered = style.template == "chat", []
     says_itself = in_chat and chat.says_itself(tokenizer)
+    ends = chat.ends(tokenizer)
     for i, turns in enumerate(dialogs):
         try:
             if says_itself:
                 rendered.append(_generation(tokenizer, turns, style))
             else:
-                rendered.append(chat.spans(tokenizer, turns, style))
+                rendered.append(chat.spans(tokenizer, turns, style, ends))
         except chat.Unfit as error:
             if where(i) is None:
                 raise
