@@ -64,9 +64,18 @@ def test_measure():
     found = answers.measure(("rouge_l", "exact_match"), ["5"], [["5"]])
     assert found == {"rouge_l": 100, "exact_match": 1}
     assert answers.measure(["exact_match"], ["ab"], [["b"]], "b") == {"exact_match": 1}
-    with pytest.raises(Mistake, match="no measure 'rouge'; did you mean 'rouge_l'"):
-        answers.measure(["rouge"], ["5"], [["5"]])
     with pytest.raises(ValueError, match="2 answers for 1"):
         answers.measure(["bleu"], ["5", "6"], [["5"]])
-    with pytest.raises(Mistake, match=r"'\(' is no regular expression: missing \)"):
-        answers.check_pattern("(")
+
+
+WRONG = {
+    "name": (("rouge",), None, "task.measures: no measure 'rouge'; did you mean 'rouge_l'"),
+    "pattern": (("exact_match",), "(", r"task.pattern='\(' is no regular expression: missing \)"),
+    "unused": (("bleu",), "a", "task.pattern='a' needs exact_match in task.measures"),
+}
+
+
+@pytest.mark.parametrize(("names", "pattern", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_keys(names, pattern, message):
+    with pytest.raises(Mistake, match=message):
+        answers.check(names, pattern)

@@ -226,7 +226,25 @@ def test_an_example_is_shown_with_what_is_learned():
     assert "⟦3<|im_end|>⟧" in shown
 
 
+def test_prompts_and_measures():
+    """A meaning has its references together; what it is measured by, its format says."""
+    turns = [(Turn("user", "two?"), Turn("assistant", word)) for word in ("2", "yes")]
+    table = Dialogs([*turns, (Turn("assistant", "text"),)], format="e2e")
+    task, made = causal_lm.make({"train": table}), tokenizer()
+    ((ids, references),) = task.prompts(table, made)
+    assert (made.decode(ids), references) == ("<s>two?\n", ["2", "yes"])
+    assert task.measure(["yes"], [references])["rouge_l"] == 100
+    assert causal_lm.make({"train": dialogs()}).measure is None
+    told = causal_lm.make({}, measures=("exact_match",), pattern="[a-z]+")
+    assert told.measure(["5 yes"], [references]) == {"exact_match": 1}
+    with pytest.raises(
+        Mistake, match="'two\\?': task.template=plain has one prompt and one answer"
+    ):
+        task.prompts(Dialogs([(Turn("system", "short"), *ASKED)], format="e2e"), made)
+
+
 WRONG = {
+    "measure": (causal_lm, {"measures": ("blue",)}, "no measure 'blue'; did you mean 'bleu'"),
     "template": (causal_lm, {"template": "chatml"}, "task.template='chatml'; did you mean 'chat'"),
     "answers": (causal_lm, {"answers": "first"}, "task.answers='first'; known: all, last"),
     "no pairs": (preference, {}, "examples holds no preference pairs"),

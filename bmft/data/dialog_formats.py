@@ -30,6 +30,7 @@ class Format(NamedTuple):
     read: Callable  # (row as {column: value}, where) -> turns, or (turns, rejected answer)
     template: str = "chat"  # how its examples are rendered where task.template does not say
     separator: str = "\n"  # between prompt and answer where they are rendered plainly
+    measures: tuple = ()  # of bmft/tasks/answers.py, that written answers are measured by
 
 
 def build(data, source, *, format=None, lines=None, pairs=False, column="text"):
@@ -205,8 +206,8 @@ FORMATS = {
     "sharegpt": Format(("conversations",), _sharegpt),
     "alpaca": Format(("instruction", "output"), _alpaca),
     "completion": Format(("prompt", "completion"), _completion, "plain", ""),
-    "gsm8k": Format(("question", "answer"), _gsm8k),
-    "e2e": Format(("meaning", "reference"), _e2e, "plain"),
+    "gsm8k": Format(("question", "answer"), _gsm8k, measures=("exact_match",)),
+    "e2e": Format(("meaning", "reference"), _e2e, "plain", measures=("bleu", "rouge_l")),
     "text": Format(("text",), _text, "plain", ""),
     "preference": Format(("chosen", "rejected"), _preference),
 }

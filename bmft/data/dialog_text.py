@@ -150,6 +150,21 @@ def _ids(tokenizer, style, dialogs, where=lambda i: None):
     ]
 
 
+def prompts(table, tokenizer, style):
+    """[(ids that an answer is to be written after, its references)] of each question of `Dialogs`;
+    texts, which nothing comes before, have none."""
+    found = []
+    for turns, references in table.questions():
+        try:
+            found.append((prompt(tokenizer, turns, style), references))
+        except chat.Unfit as error:
+            asked = turns[-1].content[:40]
+            raise Mistake(
+                f"{table.source}: {asked!r}: task.template={style.template} {error}"
+            ) from None
+    return found
+
+
 def prompt(tokenizer, turns, style):
     """The ids that an answer to `turns` is written after. Raises `chat.Unfit`."""
     body = chat.prompt(tokenizer, turns, style)

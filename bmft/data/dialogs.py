@@ -60,7 +60,7 @@ class Dialogs(NamedTuple):
         """[(turns without the last answer, [answers])]: examples of one question are put together,
         as E2E has several references for a meaning. In the order of the first of each."""
         answers = {}
-        for turns in self.dialogs:
+        for turns in [turns for turns in self.dialogs if len(turns) > 1]:
             answers.setdefault(turns[:-1], []).append(turns[-1].content)
         return list(answers.items())
 

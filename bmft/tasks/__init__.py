@@ -38,6 +38,10 @@ class Task(NamedTuple):
     # (table, tokenizer, max_length, cache folder) -> text.Encoded; None: text.encode
     encode: Callable | None = None
     show: Callable | None = None  # (Encoded, tokenizer) -> what to print of it before training
+    # (table, tokenizer) -> [(ids that an answer is to be written after, its references)]
+    prompts: Callable | None = None
+    # (answers that were written, references of each) -> {measure: float}; None: nothing to measure
+    measure: Callable | None = None
     check_moving: Callable | None = None  # paths of the leaves that move -> None, or a Mistake
 
 

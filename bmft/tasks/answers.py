@@ -22,11 +22,21 @@ CALCULATOR = re.compile(r"<<[^<>]*>>")
 WORDS = re.compile("[a-z0-9]+")  # of lower case, as ROUGE has them
 
 
-def measure(names, generated, references, pattern=None):
-    """{name: float} of the measures `names`. pattern: exact_match's. Raises Mistake."""
+def check(names, pattern=None):
+    """Raise Mistake for a measure that there is not, or a pattern that is none."""
     for name in names:
         if name not in MEASURES:
-            raise Mistake(f"no measure {name!r}; {nearest(name, MEASURES)}")
+            raise Mistake(f"task.measures: no measure {name!r}; {nearest(name, MEASURES)}")
+    if pattern is not None and "exact_match" not in names:
+        raise Mistake(f"task.pattern={pattern!r} needs exact_match in task.measures")
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise Mistake(f"task.pattern={pattern!r} is no regular expression: {error}") from None
+
+
+def measure(names, generated, references, pattern=None):
+    """{name: float} of the measures `names`. pattern: exact_match's."""
     if len(generated) != len(references) or not generated:
         raise ValueError(f"{len(generated)} answers for {len(references)} lists of references")
     more = {"exact_match": {"pattern": pattern}}
@@ -68,14 +78,6 @@ def normal_number(text):
     """A number as one way to write it: 1,000.50 and $1000.5 are "1000.5"."""
     number = decimal.Decimal(text.replace(",", "").replace("$", ""))
     return "0" if number == 0 else f"{number.normalize():f}"
-
-
-def check_pattern(pattern):
-    """Raise Mistake if `pattern` is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise Mistake(f"{pattern!r} is no regular expression: {error}") from None
 
 
 # --- words in common -------------------------------------------------------------------------

@@ -3,6 +3,9 @@
     template    chat or plain; None: as the format of the data says (bmft/data/dialog_formats.py)
     separator   plain: what stands between prompt and answer; None: as the format says
     answers     all or last: which answers of a dialog are learned
+    measures    of bmft/tasks/answers.py, by which written answers are measured; None: as the format
+                says
+    pattern     of exact_match: the regular expression of an answer; None: GSM8K's number
 
 What is learned of an example is decided when it is tokenized (bmft/data/dialog_text.py): a batch
 has `targets`, and forward gives their negative log-likelihood, 0 where there is none.
@@ -14,6 +17,7 @@ import numpy as np
 from bmft.data import chat, dialog_text
 from bmft.data.dialog_formats import FORMATS
 from bmft.tasks import Task
+from bmft.tasks import answers as written
 
 NAMES = {"loss": "min", "perplexity": "min"}
 
@@ -24,14 +28,27 @@ def make(
     template: str | None = None,
     separator: str | None = None,
     answers: str = "all",
+    measures: tuple[str, ...] | None = None,
+    pattern: str | None = None,
 ):
     """The `Task` of `{split: Dialogs}`, or of none. Raises Mistake for a key that cannot be."""
     for table in tables.values():
         chat.check_style(style_of(table, template, separator, answers))
+    if measures is None:
+        measures = tuple(
+            dict.fromkeys(m for t in tables.values() for m in FORMATS[t.format].measures)
+        )
+    written.check(measures, pattern)
 
     def encode(table, tokenizer, max_length, cache=None):
         style = style_of(table, template, separator, answers)
         return dialog_text.encode(table, tokenizer, style, max_length, cache)
+
+    def prompts(table, tokenizer):
+        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+
+    def measure(texts, references):
+        return written.measure(measures, texts, references, pattern)
 
     return Task(
         name="causal_lm",
@@ -47,6 +64,8 @@ def make(
         decode=lambda outputs: decode(**outputs),
         encode=encode,
         show=show,
+        prompts=prompts,
+        measure=measure if measures else None,
     )
 
 
