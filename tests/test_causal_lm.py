@@ -1,6 +1,7 @@
 """Language modelling and preferences on a toy: the loss is that of a bigram table."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from tiny_chat import CHATML, tokenizer
 
-from bmft import evaluate, tasks
+from bmft import evaluate, models, prepare, sharding, tasks
 from bmft.data.batches import Batches
 from bmft.data.dialogs import Dialogs, Turn
 from bmft.data.text import Encoded
 from bmft.errors import Mistake
 from bmft.tasks import causal_lm, preference
+from configs import base
 
 V, N, T, K = 11, 9, 40, 3
 
@@ -241,6 +243,25 @@ def test_prompts_and_measures():
         Mistake, match="'two\\?': task.template=plain has one prompt and one answer"
     ):
         task.prompts(Dialogs([(Turn("system", "short"), *ASKED)], format="e2e"), made)
+
+
+def test_batches_of_a_run_and_what_is_printed(monkeypatch, capsys):
+    config = base.get_config()
+    config.data.max_length, config.train.batch_size = 14, 4
+    asked = (Turn("user", "two? " * 8), Turn("assistant", "2"))
+    table = Dialogs([ASKED] * 5 + [asked] * 2, notes=("format messages",))
+    task, made = causal_lm.make({"train": table}), tokenizer(CHATML)
+    monkeypatch.setattr(models, "tokenizer", lambda model: made)
+    model = SimpleNamespace(name="toy", config=SimpleNamespace(max_length=20))
+    mesh = sharding.mesh(config)
+    found = prepare.batches(config, model, (), task, {"train": table}, mesh)["train"]
+    assert (found.examples, found.steps_per_epoch) == (5, 2)
+    batch = found.at(0)
+    assert (batch["targets"] >= 0).sum() == 4 * 2
+    printed = capsys.readouterr().out
+    left = "2 left out, as the cut leaves nothing to learn"
+    assert printed.startswith(f"train: 7 examples; format messages; {left}\n")
+    assert printed.endswith("<|im_start|>assistant\n⟦2<|im_end|>⟧\n")
 
 
 WRONG = {
