@@ -202,9 +202,9 @@ def _few_shapes(arrays):
             width[axis] = (0, (1 << (size - 1).bit_length()) - size)
         return np.pad(array, width, constant_values=empty)
 
-    slots = ("first", "labels", "weights", "index")
+    slots, nothing = ("first", "labels", "weights", "index"), ("index", "targets")
     return {
-        name: pad(array, (0, 1) if name in slots else (0,), -1 if name == "index" else 0)
+        name: pad(array, (0, 1) if name in slots else (0,), -1 if name in nothing else 0)
         for name, array in arrays.items()
     }
 
@@ -218,7 +218,7 @@ def main(argv):
     parser.add_argument("--run", help="a run directory")
     parser.add_argument("--base", help="a model: directory, preset or Hub id")
     parser.add_argument("--adapter", help="an adapter directory, ours, PEFT's or AdapterHub's")
-    parser.add_argument("--input", help=".jsonl, .csv, .tsv or .parquet")
+    parser.add_argument("--input", help=".jsonl, .json, .csv, .tsv, .txt or .parquet")
     parser.add_argument("--output", help=".jsonl; standard output where it is not given")
     parser.add_argument("--text", action="append", default=[], help="a text; may be given again")
     parser.add_argument("--text-pair", action="append", default=[], help="the second text of each")

@@ -129,7 +129,8 @@ def _beside(moving, frozen):
 
 def batches(config, model, methods, task, tables, mesh):
     """{split: Batches}: shuffled and in parts for train, in order for the others. Virtual tokens of
-    the methods come on top of data.max_length."""
+    the methods come on top of data.max_length. Of a language model, `index` counts the examples
+    that were not left out."""
     limit, virtual = peft.room(methods, model), peft.virtual_ids(methods, model)
     if config.data.max_length > limit:
         has, taken = model.config.max_length, [m.name for m in methods if m.positions]
@@ -139,10 +140,13 @@ def batches(config, model, methods, task, tables, mesh):
         )
     cache = text.cache_directory(config.data.cache)
     tokenizer = models.tokenizer(model)
+    encode = task.encode or text.encode
     encoded = {
-        split: text.encode(table, tokenizer, config.data.max_length, cache).behind(virtual)
+        split: encode(table, tokenizer, config.data.max_length, cache)
         for split, table in tables.items()
     }
+    shown = task.show(encoded["train"], tokenizer) if task.show else None
+    encoded = {split: found.behind(virtual) for split, found in encoded.items()}
     rows = sharding.rows(mesh)
     length = row_length(
         config.data.row_length,
@@ -169,14 +173,17 @@ def batches(config, model, methods, task, tables, mesh):
 
     found = {split: of(split) for split in tables}
     for split, table in tables.items():
-        cut = encoded[split].truncated
+        cut, left = encoded[split].truncated, table.size - len(encoded[split].lengths)
         notes = [*table.notes, *[f"{cut} cut to {config.data.max_length} tokens"] * bool(cut)]
+        notes += [f"{left} left out, as the cut leaves nothing to learn"] * bool(left)
         print(f"{split}: {table.size:,} examples" + "".join(f"; {note}" for note in notes))
     train_batches = found["train"]
     print(
         f"rows of {length} tokens, {train_batches.padding_share:.1%} padding, "
         f"{train_batches.steps_per_epoch:,} steps an epoch"
     )
+    if shown:
+        print(shown)
     return found
 
 

@@ -29,7 +29,7 @@ def get_config():
     config.data = data = ConfigDict()
     data.name = "tweets"  # tweets, files, glue/<task>, digits, npz, folders, tfds:<name>, hub:<id>
     data.dir = placeholder(str)  # where TFDS, a copy of a Hub data set, or folders of images lie
-    data.train = placeholder(str)  # CSV, TSV, JSONL or Parquet by ending; of images .npz, a folder
+    data.train = placeholder(str)  # CSV, TSV, JSON(L), Parquet by ending; of images .npz, a folder
     data.validation = placeholder(str)
     data.test = placeholder(str)
     data.text = "text"  # column of the (first) text

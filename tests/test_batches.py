@@ -1,5 +1,7 @@
 """Batches: what lies where, the same on any host and after any interruption."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -132,6 +134,50 @@ def test_the_number_of_devices_adds_empty_rows_and_nothing_else():
     assert equal(few, {name: array[:rows] for name, array in many.items()})
     assert not many["weights"][rows:].any()
     assert (many["index"][rows:] == -1).all()
+
+
+def learned(second=False, seed=5):
+    """Examples of which some tokens are learned; with `second`, each is two sequences."""
+    plain, rng = encoded(), np.random.default_rng(seed)
+    mask = rng.random(plain.offsets[-1]) < 0.6
+    parts = rng.integers(1, plain.lengths) if second else None
+    return plain._replace(learned=mask, second=parts)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["one sequence", "two sequences"])
+def test_targets_are_the_next_tokens_that_are_learned(second):
+    examples = learned(second)
+    for batch in Batches(examples, batch_size=10, row_length=T, seed=3, shuffle=True):
+        expected = np.full_like(batch["input_ids"], -1)
+        for row, slot in zip(*np.nonzero(batch["index"] >= 0), strict=True):
+            i, column = batch["index"][row, slot], batch["first"][row, slot]
+            start, end = examples.offsets[i : i + 2]
+            cuts = [start, start + examples.second[i], end] if second else [start, end]
+            for part, (a, b) in enumerate(itertools.pairwise(cuts)):
+                segment = 2 * slot + part + 1 if second else slot + 1
+                columns = np.arange(column + a - start, column + b - start)
+                assert (batch["segments"][row, columns] == segment).all()
+                assert np.array_equal(batch["positions"][row, columns], np.arange(b - a))
+                for c, token in zip(columns[:-1], range(a + 1, b), strict=True):
+                    if examples.learned[token]:
+                        expected[row, c] = examples.tokens[token]
+        assert np.array_equal(batch["targets"], expected)
+        assert batch["targets"].dtype == np.int32
+
+
+def test_virtual_tokens_are_not_learned():
+    examples = learned(second=True)
+    before, after = set(), set()
+    for batch in Batches(examples, batch_size=10, row_length=T):
+        before |= {*batch["targets"].ravel()}
+    for batch in Batches(examples.behind(range(7, 9)), batch_size=10, row_length=T):
+        after |= {*batch["targets"].ravel()}
+        virtual = np.isin(batch["input_ids"], [7, 8])
+        assert np.array_equal(virtual, (batch["segments"] > 0) & (batch["positions"] < 2))
+    # A first token now has some before it, from which it can be predicted.
+    firsts = np.concatenate([examples.offsets[:-1], examples.offsets[:-1] + examples.second])
+    assert after - before == {*examples.tokens[firsts[examples.learned[firsts]]]}
+    assert before <= after
 
 
 def test_figures_for_the_report():

@@ -186,8 +186,18 @@ WRONG_FILES = {
         r"line 1: 'label' is a list, which is no",
     ),
     "surrogate": ('{"text": "\\ud83d", "label": 1}', ".jsonl", r"line 1: 'text' holds half of"),
+    "json whole": (
+        '[{"text": "a",\n "label": }]',
+        ".json",
+        r"json line 2 column 11: Expecting value$",
+    ),
+    "json lines": ('{"text": "a"}\n{"text": "b"}', ".json", r"line 2.*JSON lines are a \.jsonl"),
+    "json object": ('{"text": "a"}', ".json", r"json: a dict; a \.json is one array of objects"),
+    "json row": ('[{"text": "a", "label": 1}, 5]', ".json", r"json row 1: a int; each is a JSON"),
+    "json row twice": ('[{"a": 1, "a": 2}]', ".json", r"json: the key 'a' comes twice"),
+    "no lines": ("\n \n", ".txt", r"txt is empty"),
     "parquet": ("PAR1 not", ".parquet", r"train\.parquet is no readable Parquet file"),
-    "ending": ("text\na\n", ".txt", r"data\.train=.*unknown ending; known: \.csv, \.tsv"),
+    "ending": ("text\na\n", ".xml", r"data\.train=.*unknown ending; known: \.csv, \.tsv"),
 }
 
 

@@ -13,6 +13,13 @@ R rows of T tokens, at most K examples a row:
     labels       [R, K]           int32 classes or float32 numbers; 0 for an empty slot
     weights      float32 [R, K]   1 for an example, 0 for an empty slot
     index        int32 [R, K]     the example's number in the split; -1 for an empty slot
+
+of a language model also
+
+    targets      int32 [R, T]     the next token, if it is of the same segment and learned; or -1
+
+An example of two sequences (`Encoded.second`) is two segments of one row, 2k - 1 and 2k, so that no
+part of a batch, no device and no host has one of them alone.
 """
 
 import numpy as np
@@ -149,9 +156,14 @@ class Batches:
         position = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
         source = np.repeat(self._encoded.offsets[examples], lengths) + position
         target = np.repeat(row.astype(np.int64) * self._row_length + column, lengths) + position
+        segment = np.repeat(slot + 1, lengths)
+        if self._encoded.second is not None:
+            first_part = np.repeat(self._encoded.second[examples], lengths)
+            is_second = position >= first_part
+            segment, position = 2 * segment - 1 + is_second, position - is_second * first_part
 
-        def tokens(values):
-            array = np.zeros(shape, np.int32)
+        def tokens(values, empty=0):
+            array = np.full(shape, empty, np.int32)
             array.reshape(-1)[target] = values
             return array
 
@@ -160,9 +172,9 @@ class Batches:
             array[row, slot] = values
             return array
 
-        return {
+        arrays = {
             "input_ids": tokens(self._encoded.tokens[source]),
-            "segments": tokens(np.repeat(slot + 1, lengths)),
+            "segments": tokens(segment),
             "positions": tokens(position),
             "token_types": tokens(self._encoded.types[source]),
             "first": per_example(column, np.int32),
@@ -170,3 +182,15 @@ class Batches:
             "weights": per_example(1.0, np.float32),
             "index": per_example(examples, np.int32, -1),
         }
+        if self._encoded.learned is not None:
+            arrays["targets"] = tokens(self._next(source, position), empty=-1)
+        return arrays
+
+    def _next(self, source, position):
+        """int32: the token after each of those at `source`, -1 where it is not to be learned.
+
+        position: of each in its sequence; whatever is followed by a first one is a last.
+        """
+        follows = np.append(position[1:], 0) > 0
+        after = np.minimum(source + 1, len(self._encoded.tokens) - 1)
+        return np.where(follows & self._encoded.learned[after], self._encoded.tokens[after], -1)

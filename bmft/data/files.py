@@ -1,7 +1,8 @@
-"""Examples from a file: CSV, TSV, JSON lines or Parquet, told apart by the ending.
+"""Examples from a file: CSV, TSV, JSON, JSON lines, Parquet or lines, told apart by the ending.
 
 All text is UTF-8, with or without a byte order mark; lines end in LF or CRLF; blank lines are
 skipped. A TSV has no quoting, as GLUE's have not: a tab or the end of a line always ends a field.
+A .json is one array of objects; the lines of a .txt are the column `text`.
 What cannot be read rightly is refused, with file and line.
 """
 
@@ -36,7 +37,7 @@ def contents(path, *, key="data.train", label=None):
     """A whole file: {column: list of values}, line of each row, names of the classes of `label`.
 
     Lines and names are None where the file has none. Values are str in CSV and TSV; where a JSON
-    line lacks a key, None.
+    object lacks a key, None.
     """
     path = pathlib.Path(path)
     reader = READERS.get(path.suffix.lower())
@@ -133,6 +134,32 @@ def _tsv(path, label):
     return *read_tsv(path), None
 
 
+def _txt(path, label):
+    lines = _text(path).split("\n")
+    kept = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    if not kept:
+        raise Mistake(f"{path} is empty")
+    return {"text": [lines[number - 1].removesuffix("\r") for number in kept]}, kept, None
+
+
+def _json(path, label):
+    try:
+        rows = json.loads(_text(path), object_pairs_hook=_keys_once)
+    except json.JSONDecodeError as error:
+        where = f"{path} line {error.lineno} column {error.colno}"
+        hint = "; JSON lines are a .jsonl" if error.msg == "Extra data" else ""
+        raise Mistake(f"{where}: {error.msg}{hint}") from None
+    except ValueError as error:
+        raise Mistake(f"{path}: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        kind = "an empty list" if rows == [] else f"a {type(rows).__name__}"
+        raise Mistake(f"{path}: {kind}; a .json is one array of objects")
+    for row, found in enumerate(rows):
+        if not isinstance(found, dict):
+            raise Mistake(f"{path} row {row}: a {type(found).__name__}; each is a JSON object")
+    return _by_column(rows), None, None
+
+
 def _jsonl(path, label):
     rows, lines = [], []
     for number, line in enumerate(_text(path).split("\n"), start=1):
@@ -152,8 +179,13 @@ def _jsonl(path, label):
         lines.append(number)
     if not rows:
         raise Mistake(f"{path} is empty")
+    return _by_column(rows), lines, None
+
+
+def _by_column(rows):
+    """{key: list of values, None where a row lacks it} of dicts."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}, lines, None
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _keys_once(pairs):
@@ -191,4 +223,11 @@ def class_names(schema, label):
         return None  # other tools write other metadata, or none
 
 
-READERS = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
+READERS = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _txt,
+}

@@ -113,12 +113,17 @@ def _check_texts(table, data, name, missing):
     for row, text in enumerate(data[name]):
         if _is_missing(text, missing):
             raise Mistake(f"{table.where(row)}: {name!r} is missing")
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise Mistake(f"{table.where(row)}: {name!r} is a {kind} ({text!r:.40}), not text")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            # JSON can say "\ud800"; UTF-8 and tokenizers cannot.
-            raise Mistake(f"{table.where(row)}: {name!r} holds half of a surrogate pair")
+        if reason := wrong_text(text):
+            raise Mistake(f"{table.where(row)}: {name!r} {reason}")
+
+
+def wrong_text(text):
+    """Why this is no text to read, as the end of a sentence; None for a str that UTF-8 can hold."""
+    if not isinstance(text, str):
+        return f"is a {type(text).__name__} ({text!r:.40}), not text"
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds half of a surrogate pair"  # JSON can say "\ud800"; tokenizers cannot
+    return None
 
 
 def _is_missing(value, missing):
