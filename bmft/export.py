@@ -38,7 +38,7 @@ def merged(folder, *, load, merge, moving, names, settings, labels, beside=None)
     frozen leaves may be in a lower precision; merge(params) -> params with the methods folded in;
     moving: the tree of variables that moved, running statistics among them, whole on this host;
     names: the model's names table; settings: its config.json; labels: names of the outputs, None
-    for regression. Raises Mistake for a method that cannot be merged.
+    for regression, and for a language model. Raises Mistake for a method that cannot be merged.
     """
     params = {path: np.asarray(leaf, np.float32) for path, leaf in tree.flatten(load()).items()}
     for name in ("params", "batch_stats"):
@@ -47,7 +47,8 @@ def merged(folder, *, load, merge, moving, names, settings, labels, beside=None)
     params = tree.flatten(merge(tree.unflatten(params)))
     with whole(folder) as partial:
         save_file(tensors(names, params), partial / "model.safetensors", {"format": "pt"})
-        text = json.dumps(_config(settings, labels), indent=2, sort_keys=True) + "\n"
+        config = _language_config(settings) if names.head else _config(settings, labels)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         if beside is not None:
             beside.save_pretrained(partial)
@@ -82,8 +83,7 @@ def _config(settings, labels):
     classes = dict(images) | dict(texts)
     own = [classes[kind] for kind in [settings["model_type"]] if kind in classes]
     written = list(labels) if labels is not None else ["LABEL_0"]
-    kept = {key: value for key, value in settings.items() if key not in OF_THE_BASE}
-    return kept | {
+    return _kept(settings) | {
         "architectures": own,
         "dtype": "float32",
         "num_labels": len(written),
@@ -91,6 +91,18 @@ def _config(settings, labels):
         "label2id": {label: i for i, label in enumerate(written)},
         "problem_type": "regression" if labels is None else "single_label_classification",
     }
+
+
+def _language_config(settings):
+    """config.json of a language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as models
+
+    own = dict(models)[settings["model_type"]]
+    return _kept(settings) | {"architectures": [own], "dtype": "float32"}
+
+
+def _kept(settings):
+    return {key: value for key, value in settings.items() if key not in OF_THE_BASE}
 
 
 @contextlib.contextmanager

@@ -1,25 +1,26 @@
 """Causal language models go on with prompts: batches of different lengths, a cache of keys and
 values, two compiled programs (the prompts at once, then some tokens a call).
 
-    speak = Generator(apply, variables, model, tokens=64)
-    for texts in speak([[5, 8, 2], [7]], Sampling(temperature=0.7, top_p=0.9), seed=3): ...
+    generator = Generator(apply, variables, model, tokens=64)
+    for texts in generator([[5, 8, 2], [7]], Sampling(temperature=0.7, top_p=0.9), seed=3): ...
 
 Shapes: b prompts, t columns of the longest prompt, s columns of the cache, n tokens to be made,
 v vocabulary. How a token is chosen are pure functions of scores [b, v], as transformers has them
 and in its order: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import peft
+from bmft import evaluate, peft
 from bmft.errors import Mistake
 from bmft.models import causal
 
-ROUND = 32  # prompts are padded to a multiple of it, so that few programs are compiled
+ROUND = 32  # the fewest columns
 NEVER = -jnp.inf
 
 
@@ -113,21 +114,42 @@ def check(sampling):
 # --- the loop ----------------------------------------------------------------------------------
 
 
+def multiple(length):
+    """A program for each 32 tokens more; for prompts that are known."""
+    return -(-length // ROUND) * ROUND
+
+
+def power(length):
+    """A program for each doubling; for prompts that grow, as a chat does."""
+    return max(ROUND, 1 << (length - 1).bit_length())
+
+
 class Generator:
     """Goes on with prompts, which are lists of ids. Methods are as they are in `apply`."""
 
-    def __init__(self, apply, variables, model, *, tokens, methods=(), ends=(), burst=16):
+    def __init__(
+        self, apply, variables, model, *,
+        tokens, methods=(), ends=(), burst=16, columns=multiple, put=lambda arrays: arrays,
+    ):  # fmt: skip
         """apply: of bmft.peft.attach (or of bmft.peft.several). tokens: to be made, at most.
         ends: ids behind which a text is over; they are its last. burst: tokens made between two
-        looks of the host, which is how long a text that is streamed waits."""
+        looks of the host, which is how long a text that is streamed waits. columns: tokens -> to
+        how many they are padded, as a program is compiled for each width. put: {name: numpy [b,
+        ...]} -> where it shall lie, say its rows on several devices."""
         self._apply, self._variables, self._model = apply, variables, model
         self._tokens, self._ends, self._burst = tokens, tuple(ends), burst
         self._virtual = list(peft.virtual_ids(methods, model))
         self._room = peft.room(methods, model)
-        self._dtype = model.module.dtype
+        self._dtype, self._columns, self._put = model.module.dtype, columns, put
+        self._begin = jax.jit(self._prefill, static_argnames=("penalty", "columns"))
         # The cache is written in place.
-        self._begin = jax.jit(self._prefill, static_argnames=("penalty",), donate_argnums=1)
         self._advance = jax.jit(self._decode, static_argnames=("sampling",), donate_argnums=1)
+
+    def with_variables(self, variables):
+        """The same for others of the same shapes: nothing is compiled again."""
+        other = copy.copy(self)
+        other._variables = variables
+        return other
 
     def __call__(self, prompts, sampling=LIKELIEST, *, seed=0, over=None, more=None):
         """Yields the new ids of each prompt so far, [[id, ...], ...], until all texts are over.
@@ -137,23 +159,21 @@ class Generator:
         bmft.peft.several). Raises Mistake for prompts that are empty or leave no room.
         """
         check(sampling)
-        texts, more = [[] for _ in prompts], more or {}
         ids, lengths, columns = self._padded(prompts)
-        cache = causal.empty_cache(self._model.config, len(prompts), columns, self._dtype)
-        penalty = sampling.repetition_penalty != 1.0
-        key = jax.random.key(seed)
-        state = self._begin(self._variables, cache, ids, lengths, key, more, penalty=penalty)
-        made, done = 0, np.zeros(len(prompts), bool)
+        batch, more = self._put({"ids": ids, "lengths": lengths}), self._put(more or {})
+        about = {"penalty": sampling.repetition_penalty != 1.0, "columns": columns}
+        state = self._begin(self._variables, jax.random.key(seed), more, **batch, **about)
+        texts, made, done = [[] for _ in prompts], 0, np.zeros(len(prompts), bool)
         while made < self._tokens and not done.all():
             burst, state = self._advance(self._variables, state, more, sampling=sampling)
-            burst = np.asarray(burst)[: self._tokens - made]
+            burst, done = evaluate.gather((burst, state.done))
+            burst = burst[: self._tokens - made]
             made += len(burst)
             for text, new in zip(texts, burst.T, strict=True):
                 text.extend(int(token) for token in new if token >= 0)
-            done = np.asarray(state.done)
             if over is not None:
                 done = done | np.asarray(over(texts), bool)
-                state = state._replace(done=jnp.asarray(done))
+                state = state._replace(**self._put({"done": done}))
             yield texts
 
     def _padded(self, prompts):
@@ -167,13 +187,14 @@ class Generator:
                 f"a prompt of {longest} tokens and {self._tokens} new ones are more than the "
                 f"{self._room} that {self._model.name} has room for"
             )
-        ids = np.zeros((len(prompts), -(-longest // ROUND) * ROUND), np.int32)
+        ids = np.zeros((len(prompts), self._columns(longest)), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        return ids, lengths, -(-(longest + self._tokens) // ROUND) * ROUND
+        return ids, lengths, self._columns(longest + self._tokens)
 
-    def _prefill(self, variables, cache, ids, lengths, key, more, penalty):
+    def _prefill(self, variables, key, more, ids, lengths, penalty, columns):
+        cache = causal.empty_cache(self._model.config, len(ids), columns, self._dtype)
         columns = jnp.arange(ids.shape[1])
         real = columns < lengths[:, None]
         batch = {

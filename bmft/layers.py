@@ -42,8 +42,7 @@ ACTIVATIONS = {
 
 
 def shapes(module, batch):
-    """{collection: tree of shapes} of the variables that a module's init makes; nothing is
-    computed."""
+    """{collection: tree of shapes} of what a module's init makes; nothing is computed."""
     return _shapes(module, tuple((name, x.shape, x.dtype) for name, x in batch.items()))
 
 

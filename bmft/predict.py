@@ -5,8 +5,9 @@
     ./run.sh -m bmft.predict --run DIR --image a.png --image b.jpg
     ./run.sh -m bmft.predict --base MODEL [--adapter DIR] --input FILE.tsv --output OUT.jsonl
 
-An output line repeats the input and adds what the task decodes: label, scores, logits. For images,
-a file of inputs has the column `image` with paths. In Python:
+An output line repeats the input and adds what the task decodes: label, scores, logits; of a
+language model the answer (bmft/writing.py; ./run.sh -m bmft.chat talks). For images, a file of
+inputs has the column `image` with paths. In Python:
 `bmft.load(DIR).predict(["what a day"])`.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bmft import evaluate, models, peft, prepare_images, sharding, tasks
+from bmft import evaluate, models, peft, prepare_images, sharding, tasks, writing
 from bmft.data import files as data_files
 from bmft.data import text
 from bmft.data.batches import Batches, row_length
@@ -117,35 +118,37 @@ class ImagePredictor:
         return self.task.decode(evaluate.over_split(self._outputs_of, self._variables, batches))
 
 
-def load(where, *, base=None):
-    """The `Predictor` (of images: `ImagePredictor`) of a run directory, an adapter directory (on
-    `base`, or on the model it names), or a model directory with a trained head. Raises Mistake for
-    anything else."""
+def load(where, *, base=None, **how):
+    """The `Predictor` (of images: `ImagePredictor`, of a language model: `writing.Writer`, which
+    takes `how`) of a run directory, an adapter directory (on `base`, or on the model it names), or
+    a model directory with a trained head. Raises Mistake for anything else."""
     where = Path(where)
     if not where.is_dir():
         raise Mistake(f"there is no directory {str(where)!r}")
     settings = {"text": "text", "text_pair": None, "max_length": None, "to_rgb": False}
-    adapter, how = where, None
+    adapter, quantize = where, None
     record = _run_record(where)
     if record:
         base = base or record["config"]["model"]["name"]
-        how = record["config"]["model"].get("quantize")  # the base as it was trained on
+        quantize = record["config"]["model"].get("quantize")  # the base as it was trained on
         data = record["config"]["data"]
         settings |= {key: data[key] for key in settings if key in data}
         adapter = where / "adapter"
         if not adapter.is_dir():
             raise Mistake(f"{where} has no adapter/: an unfinished run? Run its command again")
     if not (adapter / files.CONFIG).is_file():
-        return _of_model(where, settings)
+        return _of_model(where, settings, how)
     card = files.card(adapter)
     base = base or card.base
     if base is None:
         raise Mistake(f"{adapter} does not say what it was trained on; give --base")
+    if card.task_type == files.LANGUAGE[0]:
+        return writing.load(base, adapter=adapter, quantize=quantize, **how)
     if card.outputs is None:
         raise Mistake(f"{adapter} has no classifier: it cannot predict by itself")
     model = models.find(base, outputs=card.outputs)
     read = files.read(adapter, model, fingerprint=weights.fingerprint(model))
-    kernels = weights.quantized(model, how, lambda path: f"params/{path}" in read.leaves)
+    kernels = weights.quantized(model, quantize, lambda path: f"params/{path}" in read.leaves)
     loaded = weights.load(model, jax.random.key(0), quantized=kernels)
     variables = files.insert(read, loaded.variables(), loaded.fresh)
     labels = card.labels or (_numbered(card.outputs) if card.outputs > 1 else None)
@@ -165,9 +168,12 @@ def _predictor(model, labels, methods, variables, settings, folder):
     return ImagePredictor(model, task, methods, variables, how, settings["to_rgb"])
 
 
-def _of_model(folder, settings):
+def _of_model(folder, settings, how):
     """The `Predictor` of a directory with a whole fine-tuned model."""
-    named = models.read_json(folder).get("id2label") or {}
+    written = models.read_json(folder)
+    if any(name.endswith("ForCausalLM") for name in written.get("architectures") or ()):
+        return writing.load(str(folder), **how)
+    named = written.get("id2label") or {}
     labels = tuple(name for _, name in sorted(named.items(), key=lambda item: int(item[0])))
     model = models.find(str(folder), outputs=max(1, len(labels)))
     loaded = weights.load(model, jax.random.key(0))

@@ -110,3 +110,16 @@ def put_batch(mesh):
         }
 
     return put
+
+
+def put_everywhere(mesh):
+    """numpy arrays that every process has whole -> global arrays, rows split over the mesh."""
+    sharding = NamedSharding(mesh, ROWS)
+
+    def put(arrays):
+        return {
+            name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+            for name, array in arrays.items()
+        }
+
+    return put

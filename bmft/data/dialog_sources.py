@@ -1,19 +1,31 @@
 """Where instructions come from: `load(config.data)` -> {split: Dialogs}.
 
+    instruct    120 questions with answers in a house style, which lie beside this file: In short,
+                Why, Try. As preference pairs: with that layout, and the same words without it
     files       data.train, data.validation, data.test: JSON lines, JSON, Parquet, CSV, TSV or lines
     hub:<id>    a data set of the Hugging Face Hub that has Parquet files
 
 What the columns mean: dialog_formats. `data.text` names the column of a format that is text alone.
 """
 
-from bmft.data import dialog_formats, files, hub
-from bmft.data.sources import ALIASES, COLUMNS, SPLITS, find
-from bmft.errors import Mistake
+import pathlib
+
+from bmft.data import dialog_formats, files, hub, sources
+from bmft.data.sources import ALIASES, COLUMNS, SPLITS
+from bmft.errors import Mistake, nearest
+
+OWN = pathlib.Path(__file__).with_name("instruct.jsonl")
+NAMES = ("instruct", "files", "hub:<id>")
 
 KEYS = {  # of the data group, beside the common ones: (type, default)
     "format": (str | None, None),  # a name of dialog_formats.FORMATS; None: by the columns
 }
-UNREAD = {"files": ("dir",), "hub": SPLITS}  # kind: keys of the data group that it does not read
+UNREAD = {  # kind: keys of the data group that it does not read
+    "instruct": ("dir", *SPLITS, "format"),
+    "files": ("dir",),
+    "hub": SPLITS,
+}
+HELD_OUT = 8  # of `instruct` every so many are for validation
 
 
 def load(data, *, pairs=False, splits=None):
@@ -23,10 +35,8 @@ def load(data, *, pairs=False, splits=None):
     train, the first data.max_train_examples are taken. Raises Mistake, naming the key, or the file
     and line.
     """
-    source = find(data.name)
-    if source.kind not in UNREAD:
-        raise Mistake(f"data.name={data.name!r} has labels, no answers: write files or hub:<id>")
-    for key in (*UNREAD[source.kind], "text_pair", "label"):
+    kind, name = find(data.name)
+    for key in (*UNREAD[kind], "text_pair", "label"):
         if getattr(data, key) != COLUMNS.get(key):
             raise Mistake(f"data.{key}={getattr(data, key)!r} is not read with instructions")
 
@@ -34,13 +44,16 @@ def load(data, *, pairs=False, splits=None):
         split = ALIASES.get(split, split)
         return split in SPLITS and (splits is None or split in splits)
 
-    paths = _files(data) if source.kind == "files" else hub.find(source.name, data.dir)[0]
-    tables = {}
-    for split, split_paths in paths.items():
-        if wanted(split):
-            read = _hub_split if source.kind == "hub" else _file
-            table = read(split, split_paths, data, pairs)
-            tables[ALIASES.get(split, split)] = table
+    if kind == "instruct":
+        tables = {split: table for split, table in _own(pairs).items() if wanted(split)}
+    else:
+        paths = _files(data) if kind == "files" else hub.find(name, data.dir)[0]
+        read = _hub_split if kind == "hub" else _file
+        tables = {
+            ALIASES.get(split, split): read(split, split_paths, data, pairs)
+            for split, split_paths in paths.items()
+            if wanted(split)
+        }
     if not tables:
         raise Mistake(
             f"data.name={data.name!r} has none of the splits {', '.join(splits or SPLITS)}"
@@ -48,6 +61,35 @@ def load(data, *, pairs=False, splits=None):
     if data.max_train_examples is not None and "train" in tables:
         tables["train"] = tables["train"].take(slice(data.max_train_examples))
     return {split: tables[split] for split in sorted(tables, key=SPLITS.index)}
+
+
+def find(name):
+    """(kind, name within it) of what `data.name` means. Raises Mistake for an unknown one."""
+    if name == "instruct":
+        return name, name
+    try:
+        source = sources.find(name)
+    except Mistake:
+        if name.startswith("hub:"):
+            raise
+        raise Mistake(f"data.name={name!r}; {nearest(name, NAMES)}") from None
+    if source.kind not in UNREAD:
+        known = ", ".join(NAMES)
+        raise Mistake(f"data.name={name!r} has labels, no answers to learn; known: {known}")
+    return source.kind, source.name
+
+
+def _own(pairs):
+    """{split: Dialogs} of the questions that lie beside this file."""
+    columns, lines, _ = files.contents(str(OWN), key="data.name")
+    if pairs:
+        answers = columns.pop("output")
+        plain = [" ".join(line.partition(": ")[2] for line in a.split("\n")) for a in answers]
+        columns = {"prompt": columns["instruction"], "chosen": answers, "rejected": plain}
+    table = dialog_formats.build(columns, "instruct", lines=lines, pairs=pairs)
+    held_out = [row for row in range(table.size) if row % HELD_OUT == HELD_OUT - 1]
+    others = [row for row in range(table.size) if row % HELD_OUT != HELD_OUT - 1]
+    return {"train": table.take(others), "validation": table.take(held_out)}
 
 
 def _files(data):

@@ -172,6 +172,21 @@ def prompt(tokenizer, turns, style):
     return ids if style.template == "chat" else [*_first(tokenizer), *ids]
 
 
+def ends(tokenizer, style):
+    """The ids behind which an answer is over: the tokenizer's eos_token, and the special token that
+    a chat template puts there. Raises Mistake for a template that is none."""
+    found = {tokenizer.eos_token_id} - {None}
+    if style.template == "chat":
+        try:
+            ids, learned = _ids(tokenizer, style, [chat.PROBE])[0]
+        except chat.Unfit as error:
+            raise Mistake(f"the chat template of {chat.name_of(tokenizer)} {error}") from None
+        last = ids[len(ids) - learned[::-1].index(True) - 1]
+        if chat.ends(tokenizer).fullmatch(tokenizer.convert_ids_to_tokens(last)):
+            found.add(last)
+    return tuple(sorted(found))
+
+
 def _first(tokenizer):
     """What the tokenizer puts before any text: its beginning-of-sequence token, or nothing."""
     found = text.core(tokenizer).encode("a", add_special_tokens=True)

@@ -131,6 +131,7 @@ class Card(NamedTuple):
     fingerprint: str | None  # of the base; None in files that are not ours
     labels: tuple | None
     outputs: int | None  # numbers the head gives; None: there is no head that has a name we know
+    task_type: str | None = None  # as PEFT calls it
 
 
 # --- out -------------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ def card(folder):
         fingerprint=about.get(reading.BASE_KEY),
         labels=_labels(about, file),
         outputs=shapes[heads[-1]][0] if heads and shapes[heads[-1]] else None,
+        task_type=fields.get("task_type"),
     )
 
 

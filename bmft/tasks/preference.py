@@ -49,6 +49,9 @@ def make(
         style = style_of(table, template, separator, "last")
         return dialog_text.encode(table, tokenizer, style, max_length, cache)
 
+    def prompts(table, tokenizer):
+        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+
     def costs(sums):
         return pair_costs(sums, method, beta, gamma, smoothing)
 
@@ -80,6 +83,7 @@ def make(
         decode=decode,
         encode=encode,
         show=show,
+        prompts=prompts,
         check_moving=check_moving if method != "simpo" else None,
     )
 
