@@ -131,6 +131,8 @@ def load(where, *, base=None, **how):
     if record:
         base = base or record["config"]["model"]["name"]
         quantize = record["config"]["model"].get("quantize")  # the base as it was trained on
+        if "generate" in record["config"]:
+            how = writing.settings(record["config"]["generate"]) | how
         data = record["config"]["data"]
         settings |= {key: data[key] for key in settings if key in data}
         adapter = where / "adapter"

@@ -171,16 +171,17 @@ def samples(config, task, tables, tokenizer):
     )
 
 
-def of_config(config, apply, variables, model, style, rows_multiple, **how):
-    """The `Writer` of a config's group `generate`."""
-    group = config.generate
-    rows = min(config.eval.batch_size, max(group.prompts or config.eval.batch_size, 1))
-    return Writer(
-        apply, variables, model, style,
-        tokens=group.tokens, stops=group.stops,
-        sampling=Sampling(**{name: group[name] for name in Sampling._fields}),
-        rows=-(-rows // rows_multiple) * rows_multiple, **how,
-    )  # fmt: skip
+def settings(group):
+    """What the group `generate` of a config says to a `Writer`. Raises Mistake."""
+    sampling = Sampling(**{name: group[name] for name in Sampling._fields})
+    generate.check(sampling)
+    return {"tokens": group["tokens"], "stops": tuple(group["stops"]), "sampling": sampling}
+
+
+def rows_at_a_time(config, multiple):
+    """How many prompts of a config are answered together; multiple: of the devices."""
+    most = config.eval.batch_size
+    return -(-max(min(most, config.generate.prompts or most), 1) // multiple) * multiple
 
 
 def write_samples(path, samples, before, after):

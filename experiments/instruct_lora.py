@@ -27,7 +27,7 @@ NAME = "instruct_lora"
 
 def main(argv):
     settings = read(argv, default="configs/instruct_lora.py", groups=groups)
-    config = settings.config
+    config, how = settings.config, writing.settings(settings.config.generate)
     sharding.use_all_cores(os.cpu_count())
     mesh = sharding.mesh(config)
 
@@ -56,9 +56,9 @@ def main(argv):
     splits = [split for split in tables if split != "train"]
     style = causal_lm.style_of(tables["train"], config.task.template, config.task.separator)
     samples = writing.samples(config, task, tables, tokenizer)
-    everywhere = {"put": sharding.put_everywhere(mesh), "methods": methods}
-    rows = sharding.rows(mesh)
-    writer = writing.of_config(config, fit.apply, None, model, style, rows, **everywhere)
+    how["rows"] = writing.rows_at_a_time(config, sharding.rows(mesh))
+    how |= {"methods": methods, "put": sharding.put_everywhere(mesh)}
+    writer = writing.Writer(fit.apply, None, model, style, **how)
 
     def assess(state, frozen, split, stop=lambda: False):
         variables = train.variables(state, frozen)

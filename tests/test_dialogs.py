@@ -211,7 +211,9 @@ def test_a_data_set_of_the_hub(tmp_path):
             columns = {"instruction": [f"{split} {part}"], "input": [""], "output": ["2"]}
             pq.write_table(pa.table(columns), path)
     group = base.get_config().data
-    group.update({"format": None, "name": "hub:me/mine", "dir": str(tmp_path)})
+    group.update(
+        {"format": None, "max_eval_examples": None, "name": "hub:me/mine", "dir": str(tmp_path)}
+    )
     found = dialog_sources.load(group, splits=["train"])
     assert list(found) == ["train"]
     assert [turns[0].content for turns in found["train"].dialogs] == ["train 0", "train 1"]

@@ -92,10 +92,10 @@ def test_a_run_answers_as_it_did_at_its_end(finished):
     """And talks: what is said streams, with what was said before."""
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     writer = bmft.load(finished)
-    writer.predict([])
+    assert writer.predict([]) == []
     found = writer.predict(["one?", {"messages": [{"role": "user", "content": "What is two?"}]}])
     for one, sample in zip(found, samples, strict=True):
-        assert one["answer"].startswith(sample["after"])  # it may be longer than 6 tokens
+        assert one["answer"] == sample["after"]
 
 
 def test_a_conversation(finished, capsys):
@@ -137,7 +137,7 @@ WRONG = {
     "data": (["--config.data.name=instrukt"], "did you mean 'instruct'?"),
     "format": (["--config.data.format=alpaca"], "no column 'instruction'"),
     "sampling": (["--config.generate.top_p=1.5"], "top_p is 1.5; it must be above 0"),
-    "tokens": (["--config.generate.tokens=0"], "an answer of 0 tokens"),
+    "tokens": (["--config.generate.tokens=0"], "generate.tokens=0 on the command line: needs"),
     "measure": (["--config.task.measures=blue"], "did you mean 'bleu'?"),
     "moves": (
         ["--config.peft.methods=full", "--config.task.name=preference", "PAIRS"],

@@ -19,6 +19,7 @@ NAMES = ("instruct", "files", "hub:<id>")
 
 KEYS = {  # of the data group, beside the common ones: (type, default)
     "format": (str | None, None),  # a name of dialog_formats.FORMATS; None: by the columns
+    "max_eval_examples": (int | None, None),  # the first so many of validation and of test
 }
 UNREAD = {  # kind: keys of the data group that it does not read
     "instruct": ("dir", *SPLITS, "format"),
@@ -32,8 +33,8 @@ def load(data, *, pairs=False, splits=None):
     """{split: Dialogs} of the `data` group of a config, in the order train, validation, test.
 
     pairs: preference pairs are wanted. splits: names of those to read, None for all there are. Of
-    train, the first data.max_train_examples are taken. Raises Mistake, naming the key, or the file
-    and line.
+    train the first data.max_train_examples are taken, of others data.max_eval_examples. Raises
+    Mistake, naming the key, or the file and line.
     """
     kind, name = find(data.name)
     for key in (*UNREAD[kind], "text_pair", "label"):
@@ -58,8 +59,9 @@ def load(data, *, pairs=False, splits=None):
         raise Mistake(
             f"data.name={data.name!r} has none of the splits {', '.join(splits or SPLITS)}"
         )
-    if data.max_train_examples is not None and "train" in tables:
-        tables["train"] = tables["train"].take(slice(data.max_train_examples))
+    for split in tables:
+        most = data.max_train_examples if split == "train" else data.max_eval_examples
+        tables[split] = tables[split].take(slice(most))
     return {split: tables[split] for split in sorted(tables, key=SPLITS.index)}
 
 
