@@ -16,8 +16,8 @@ OpenAssistant's, and its bases older.
 tests/test_large_configs.py counts, from shapes alone, what a device holds of the base: 0.71 GB of
 Llama's 8B and 0.76 GB of Qwen's on 8 devices, 2.49 GB of 70B on 16. The adapter lies whole on each,
 with its gradient and AdamW's moments 16 bytes a number: 2.7 GB, and 13.3 GB at 70B, where a smaller
-rank is the first thing to change. None has been run by us: no accelerator was at hand. The Hub wants
-its licence accepted before it gives Llama's weights.
+rank is the first thing to change. None has been run by us: no accelerator was at hand. The Hub
+wants its licence accepted before it gives Llama's weights.
 """
 
 from configs import base

@@ -220,6 +220,27 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert found["train"].where(1) == "hub:me/mine train row 1"
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_questions_of_this_repository(pairs):
+    group = base.get_config().data
+    group.update({"format": None, "name": "instruct", "max_eval_examples": 10})
+    group.max_train_examples = 50
+    found = dialog_sources.load(group, pairs=pairs)
+    assert [(split, table.size) for split, table in found.items()] == [
+        ("train", 50),
+        ("validation", 10),
+    ]
+    for table in found.values():
+        for row, turns in enumerate(table.dialogs):
+            lines = turns[1].content.split("\n")
+            assert [line.partition(": ")[0] for line in lines] == ["In short", "Why", "Try"]
+            if pairs:
+                assert table.rejected[row] == " ".join(line.partition(": ")[2] for line in lines)
+    assert not {turns[0] for turns in found["train"].dialogs} & {
+        turns[0] for turns in found["validation"].dialogs
+    }
+
+
 def test_examples_of_one_question_are_put_together(tmp_path):
     table = load(tmp_path, "a||1\nb||2\na||3\n", ".txt", max_train_examples=3)
     assert table.questions() == [
