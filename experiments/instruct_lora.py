@@ -78,11 +78,7 @@ def main(argv):
         leave(state)
         return
 
-    before = at_first(
-        run.path,
-        lambda: {split: assess(fit.state, fit.frozen, split) for split in splits},
-        lambda: write(fit.state),
-    )
+    before = at_first(run.path, fit, splits, assess, write)
     outcome = loop.run(
         config,
         run,
@@ -104,14 +100,15 @@ def groups(config):
     return prepare.groups(config) | {"data": dialog_sources.KEYS, "generate": writing.KEYS}
 
 
-def at_first(folder, assess, write):
+def at_first(folder, fit, splits, assess, write):
     """What the model does before the first step: {"metrics": {split: ...}, "texts": [...]}.
 
     A run that is continued has it in before.json."""
     path = folder / "before.json"
     if (folder / "checkpoints").exists() and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    found = {"metrics": assess(), "texts": write()}
+    metrics = {split: assess(fit.state, fit.frozen, split) for split in splits}
+    found = {"metrics": metrics, "texts": write(fit.state)}
     if jax.process_index() == 0:
         write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
