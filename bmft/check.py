@@ -26,7 +26,6 @@ RANGES = {  # key or glob of keys: interval; a round bracket leaves the bound ou
     "data.max_length": "[1, inf)",
     "data.row_length": "[1, inf)",
     "data.max_train_examples": "[1, inf)",
-    "data.max_eval_examples": "[1, inf)",
     "train.steps": "[1, inf)",
     "train.epochs": "(0, inf)",
     "train.batch_size": "[1, inf)",
@@ -45,8 +44,6 @@ RANGES = {  # key or glob of keys: interval; a round bracket leaves the bound ou
     "checkpoint.every": "[1, inf)",
     "checkpoint.keep": "[1, inf)",
     "log.every": "[1, inf)",
-    "generate.prompts": "[0, inf)",
-    "generate.tokens": "[1, inf)",
 }
 
 WORDS = {

@@ -175,6 +175,9 @@ def settings(group):
     """What the group `generate` of a config says to a `Writer`. Raises Mistake."""
     sampling = Sampling(**{name: group[name] for name in Sampling._fields})
     generate.check(sampling)
+    for key, least in (("prompts", 0), ("tokens", 1)):
+        if group[key] is not None and group[key] < least:
+            raise Mistake(f"generate.{key}={group[key]}: needs at least {least}")
     return {"tokens": group["tokens"], "stops": tuple(group["stops"]), "sampling": sampling}
 
 

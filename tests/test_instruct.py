@@ -137,7 +137,8 @@ WRONG = {
     "data": (["--config.data.name=instrukt"], "did you mean 'instruct'?"),
     "format": (["--config.data.format=alpaca"], "no column 'instruction'"),
     "sampling": (["--config.generate.top_p=1.5"], "top_p is 1.5; it must be above 0"),
-    "tokens": (["--config.generate.tokens=0"], "generate.tokens=0 on the command line: needs"),
+    "tokens": (["--config.generate.tokens=0"], "generate.tokens=0: needs at least 1"),
+    "examples": (["--config.data.max_eval_examples=0"], "max_eval_examples=0: needs at least 1"),
     "measure": (["--config.task.measures=blue"], "did you mean 'bleu'?"),
     "moves": (
         ["--config.peft.methods=full", "--config.task.name=preference", "PAIRS"],

@@ -61,6 +61,8 @@ def load(data, *, pairs=False, splits=None):
         )
     for split in tables:
         most = data.max_train_examples if split == "train" else data.max_eval_examples
+        if most is not None and most < 1:
+            raise Mistake(f"data.max_eval_examples={most}: needs at least 1")
         tables[split] = tables[split].take(slice(most))
     return {split: tables[split] for split in sorted(tables, key=SPLITS.index)}
 
