@@ -16,13 +16,9 @@ LORA = {"rank": 3, "alpha": 7.0}
 CASES = [
     ("llama", {"lora": LORA | {"targets": ("all-linear", "lm_head")}}),
     ("llama", {"adapter": {"kind": "houlsby"}, "prefix_tuning": {"tokens": 2}}),
-    ("gpt2", {"lora": LORA | {"targets": ("c_attn", "mlp.c_proj")}, "bitfit": {}}),
     (
         "gpt2",
-        {
-            "ia3": {"targets": ("c_attn", "mlp.c_proj"), "feedforward": ("mlp.c_proj",)},
-            "prompt_tuning": {"tokens": 2},
-        },
+        {"lora": LORA | {"targets": ("c_attn", "mlp.c_proj")}, "prompt_tuning": {"tokens": 2}},
     ),
 ]
 
