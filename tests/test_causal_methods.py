@@ -16,13 +16,9 @@ LORA = {"rank": 3, "alpha": 7.0}
 CASES = [
     ("llama", {"lora": LORA | {"targets": ("all-linear", "lm_head")}}),
     ("llama", {"adapter": {"kind": "houlsby"}, "prefix_tuning": {"tokens": 2}}),
-    ("gpt2", {"lora": LORA | {"targets": ("c_attn", "mlp.c_proj")}, "bitfit": {}}),
     (
         "gpt2",
-        {
-            "ia3": {"targets": ("c_attn", "mlp.c_proj"), "feedforward": ("mlp.c_proj",)},
-            "prompt_tuning": {"tokens": 2},
-        },
+        {"lora": LORA | {"targets": ("c_attn", "mlp.c_proj")}, "prompt_tuning": {"tokens": 2}},
     ),
 ]
 
@@ -53,13 +49,13 @@ def test_methods(bases, family, groups):
     batch = tiny_causal.packed(TEXTS, virtual=virtual)
     learned = (batch["targets"] >= 0).sum()
 
-    def objective(moving):
+    def objective(moving, frozen):  # which, closed over, XLA would fold for seconds
         each = apply(tree.join(moving, frozen), batch)
         return each.sum() / learned, each
 
     gradient, losses = tiny.hasty(jax.value_and_grad(objective, has_aux=True)), []
     for step in range(3):
-        (loss, each), grads = gradient(moving)
+        (loss, each), grads = gradient(moving, frozen)
         if step == 0:
             unchanged = plain(params, tiny_causal.packed(TEXTS))
             still = {path for path, grad in tree.flatten(grads).items() if not np.any(grad)}
@@ -70,7 +66,7 @@ def test_methods(bases, family, groups):
         losses.append(float(loss))
         moving = jax.tree.map(lambda leaf, grad: leaf - 0.02 * grad, moving, grads)
     assert losses[2] < losses[0]
-    _, grads = gradient(moving)
+    _, grads = gradient(moving, frozen)
     assert all(np.any(grad) for grad in jax.tree.leaves(grads))
     if virtual:  # the base alone gives what it gave: DPO's reference
         base = tiny.hasty(apply, static_argnames=("adapter",))
