@@ -74,7 +74,6 @@ def scan_layers(
             in_axes=nn.broadcast,
             length=length,
             unroll=min(unroll, length),
-            check_constancy_invariants=False,  # nothing is the same for all: one tracing less
         )
         return scan(block, x, broadcast)[0]
 
