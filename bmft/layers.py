@@ -75,7 +75,6 @@ def scan_layers(
             in_axes=(nn.broadcast, 0),
             length=length,
             unroll=min(unroll, length),
-            check_constancy_invariants=False,  # nothing is the same for all: one tracing less
         )
         return scan(block, x, broadcast, own)[0]
 

@@ -1,6 +1,7 @@
 """The image experiment as a user runs it, on tiny models: what it leaves, predicts, refuses."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from bmft.errors import Stopped, command
 from experiments import image_classification
 
 CLASSES = ("blue", "green", "red")
+BERT = pathlib.Path(__file__).parent / "goldens" / "bert"
 
 
 def picture(rng, label, size=(20, 20)):
@@ -242,7 +244,7 @@ MISTAKES = [
     (["--config.data.text=a"], "data.text"),
     (["--config.data.name=folder"], "did you mean 'folders'"),
     (["--config.peft.lora.targets=convolutoin"], "did you mean 'convolution'"),
-    (["--config.model.name=minilm"], "takes no images"),
+    ([f"--config.model.name={BERT}"], "takes no images"),
 ]
 
 

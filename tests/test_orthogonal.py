@@ -30,6 +30,18 @@ def test_cayley_is_a_rotation():
     np.testing.assert_allclose(np.linalg.det(r), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("k, size", [(3, 1.0), (33, 0.3)])
+def test_cayley_and_its_gradient_are_those_of_solving(k, size):
+    q = skew(4, k, size).reshape(2, 2, k, k)
+    slope = np.random.default_rng(1).normal(size=q.shape)
+    solved = lambda q: jnp.linalg.solve(jnp.eye(k) + q, -2 * q)  # noqa: E731
+    (want, back), (found, own) = (jax.vjp(jax.jit(f), q) for f in (solved, rotation.cayley))
+    np.testing.assert_allclose(found, want, atol=5e-6)
+    (want,), (found,) = back(jnp.float32(slope)), own(jnp.float32(slope))
+    np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_array_equal(rotation.cayley(0 * q), 0 * q)  # to the bit: the base's input
+
+
 @pytest.mark.parametrize(
     "terms, factors", [(2, [2]), (3, [2, 2, 1]), (4, [2, 2, 1]), (6, [2] * 4 + [1])]
 )
