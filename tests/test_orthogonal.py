@@ -42,6 +42,12 @@ def test_cayley_and_its_gradient_are_those_of_solving(k, size):
     np.testing.assert_array_equal(rotation.cayley(0 * q), 0 * q)  # to the bit: the base's input
 
 
+def test_no_matrix_of_a_batch_waits_for_another():
+    """LAPACK's LU of a batch, in two modules at once, stood still on two cores."""
+    calls = jax.jit(jax.grad(lambda q: rotation.cayley(q).sum())).lower(skew(4, 6)).as_text()
+    assert "stablehlo.while" in calls and "custom_call" not in calls
+
+
 @pytest.mark.parametrize(
     "terms, factors", [(2, [2]), (3, [2, 2, 1]), (4, [2, 2, 1]), (6, [2] * 4 + [1])]
 )
