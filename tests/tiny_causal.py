@@ -54,24 +54,29 @@ CONFIGS = {
     "llama": SIZES
     | {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": LLAMA3}
     | {"tie_word_embeddings": True},
+    # With fields of other families here and there: transformers passes them over.
     "llama_biases": SIZES
     | {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0}}
-    | {"attention_bias": True, "mlp_bias": True},
-    "mistral": SIZES | {"model_type": "mistral", "sliding_window": 5},
+    | {"attention_bias": True, "mlp_bias": True, "final_logit_softcapping": 1.0},
+    "mistral": SIZES | {"model_type": "mistral", "sliding_window": 5, "attention_bias": True},
     "qwen2": {key: size for key, size in SIZES.items() if key != "head_dim"}
     | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
     | {"max_window_layers": 1, "tie_word_embeddings": True},
-    "qwen3": SIZES | {"model_type": "qwen3", "rope_theta": 1000.0, "rope_scaling": YARN},
-    "gemma": SIZES | {"model_type": "gemma", "hidden_act": "gelu"},
+    "qwen3": SIZES
+    | {"model_type": "qwen3", "rope_theta": 1000.0, "rope_scaling": YARN, "attention_bias": True}
+    | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "gemma": SIZES | {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None},
     "gemma2": SIZES
     | {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 5}
     | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": SIZES
     | {"model_type": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 2}
-    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "query_pre_attn_scalar": 7},
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "query_pre_attn_scalar": 7}
+    | {"rope_local_base_freq": 50.0, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 4.0},
     "gpt2": GPT2,
     "gpt2_untied": GPT2
-    | {"scale_attn_by_inverse_layer_idx": True, "n_inner": None, "tie_word_embeddings": False},
+    | {"scale_attn_by_inverse_layer_idx": True, "n_inner": None, "tie_word_embeddings": False}
+    | {"scale_attn_weights": False},
 }
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bmft import layers
+from bmft.names import Leaf
 
 EVERYTHING = 2**31 - 1  # the window of a layer that has none
 
@@ -89,6 +90,18 @@ def attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, *, scale, cap=None, drop=lambda we
 
 def capped(x, cap):
     return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def dummy(config):
+    """A batch of the smallest shape, for shapes and for adding a method's leaves."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return {"input_ids": ids, "segments": ids + 1, "positions": ids}
+
+
+def head_leaf(config):
+    """The row of the head in the names table; where it is tied it is no leaf of the tree."""
+    leaf = Leaf("head/kernel", "lm_head.weight", "transpose", written="lm_head.weight")
+    return leaf._replace(path="head/tied") if config.tied else leaf
 
 
 # --- norms and MLP ---------------------------------------------------------------------------

@@ -150,10 +150,7 @@ class Attention(nn.Module):
         return layers.Dense(c.width, self.dtype, name="output")(context), cache
 
 
-def dummy(config):
-    """A batch of the smallest shape, for shapes and for adding a method's leaves."""
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return {"input_ids": ids, "segments": ids + 1, "positions": ids}
+dummy = causal.dummy
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -225,11 +222,8 @@ def names(config):
         weight = "scale" if ours.endswith("norm") else "kernel"
         leaves.append(Leaf(f"{ours}/{weight}", f"{theirs}.weight"))
         leaves.append(Leaf(f"{ours}/bias", f"{theirs}.bias"))
-    head = Leaf("head/kernel", "lm_head.weight", "transpose", written="lm_head.weight")
-    if config.tied:
-        head = head._replace(path="head/tied")
-    else:
-        leaves.append(head)
+    head = causal.head_leaf(config)
+    leaves += [] if config.tied else [head]
     return Names(tuple(leaves), config.depth, "transformer.", head=head)
 
 

@@ -26,6 +26,7 @@ from bmft.names import Leaf, Names
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 GEMMA = ("gemma", "gemma2", "gemma3_text")
+NEWER_GEMMA = GEMMA[1:]
 
 
 class Config(NamedTuple):
@@ -168,10 +169,7 @@ class Attention(nn.Module):
         return layers.Dense(c.width, self.dtype, c.output_bias, name="output")(context), cache
 
 
-def dummy(config):
-    """A batch of the smallest shape, for shapes and for adding a method's leaves."""
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return {"input_ids": ids, "segments": ids + 1, "positions": ids}
+dummy = causal.dummy
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -202,9 +200,10 @@ def configure(json, outputs):
 
 
 def _read(json, family):
-    gemma, depth = family in GEMMA, json["num_hidden_layers"]
+    gemma, newer, depth = family in GEMMA, family in NEWER_GEMMA, json["num_hidden_layers"]
     head_dim = json.get("head_dim") or json["hidden_size"] // json["num_attention_heads"]
-    biased = family == "qwen2" or json.get("attention_bias", False)
+    # A file may hold fields of another family, which transformers passes over, and so do we.
+    biased = family == "qwen2" or (family != "mistral" and json["attention_bias"])
     kinds = _layer_types(json, family)
     sliding = [kind == "sliding_attention" for kind in kinds]
     ways, turns = _ways(json, kinds, head_dim)
@@ -218,20 +217,20 @@ def _read(json, family):
         kv_heads=json["num_key_value_heads"],
         head_dim=head_dim,
         mlp_width=json["intermediate_size"],
-        activation=json["hidden_activation" if "hidden_activation" in json else "hidden_act"],
+        activation=json["hidden_activation" if newer else "hidden_act"],
         eps=json["rms_norm_eps"],
         norm_offset=1.0 if gemma else 0.0,
         qkv_bias=biased,
         output_bias=biased and family != "qwen2",
-        mlp_bias=json.get("mlp_bias", False),
+        mlp_bias=family == "llama" and json["mlp_bias"],
         qk_norm=family in ("qwen3", "gemma3_text"),
-        post_norms=family in ("gemma2", "gemma3_text"),
+        post_norms=newer,
         tied=json["tie_word_embeddings"],
         embedding_scale=json["hidden_size"] ** 0.5 if gemma else 1.0,
-        query_scale=json.get("query_pre_attn_scalar", head_dim) ** -0.5,
+        query_scale=(json["query_pre_attn_scalar"] if newer else head_dim) ** -0.5,
         # transformers' Gemma 3 has the field, and does not cap its scores.
         attention_cap=json["attn_logit_softcapping"] if family == "gemma2" else None,
-        logit_cap=json.get("final_logit_softcapping"),
+        logit_cap=json["final_logit_softcapping"] if newer else None,
         windows=tuple(json["sliding_window"] if slides else None for slides in sliding),
         turns=turns,
         ways=ways,
@@ -298,11 +297,8 @@ def names(config):
         if ours not in without:
             leaves += _module(config, f"layers/{ours}", f"layers.{{}}.{theirs}")
     leaves.append(Leaf("norm/scale", "norm.weight"))
-    head = Leaf("head/kernel", "lm_head.weight", "transpose", written="lm_head.weight")
-    if config.tied:
-        head = head._replace(path="head/tied")
-    else:
-        leaves.append(head)
+    head = causal.head_leaf(config)
+    leaves += [] if config.tied else [head]
     return Names(tuple(leaves), config.depth, "model.", head=head)
 
 
