@@ -45,7 +45,7 @@ class State(NamedTuple):
     lengths: Any  # int32 [b]: tokens in the cache
     done: Any  # bool [b]
     seen: Any  # bool [b, v]: tokens of the text so far; None without a repetition penalty
-    key: Any
+    keys: Any  # [b]
 
 
 # --- how a token is chosen ---------------------------------------------------------------------
@@ -76,8 +76,8 @@ def min_p(scores, p):
     return jnp.where(chances < p * chances.max(-1, keepdims=True), NEVER, scores)
 
 
-def chosen(scores, seen, sampling, key):
-    """int32 [b]: a token a row."""
+def chosen(scores, seen, sampling, keys):
+    """int32 [b]: a token a row, each by its own of the keys [b]."""
     how = sampling
     if how.repetition_penalty != 1.0:
         scores = penalised(scores, seen, how.repetition_penalty)
@@ -90,7 +90,7 @@ def chosen(scores, seen, sampling, key):
         scores = top_p(scores, how.top_p)
     if how.min_p:
         scores = min_p(scores, how.min_p)
-    return jax.random.categorical(key, scores).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
 def check(sampling):
@@ -156,13 +156,16 @@ class Generator:
 
         over: asked with the same lists, gives bool [b]: texts that are over for another reason (a
         stop string). more: arrays that the batch has beside the tokens (`adapters` [b, 1] of
-        bmft.peft.several). Raises Mistake for prompts that are empty or leave no room.
+        bmft.peft.several). Row i draws by seed + i alone, whatever the others are. Raises Mistake
+        for prompts that are empty or leave no room.
         """
         check(sampling)
         ids, lengths, columns = self._padded(prompts)
-        batch, more = self._put({"ids": ids, "lengths": lengths}), self._put(more or {})
+        seeds = (seed + np.arange(len(ids))).astype(np.uint32)
+        batch = self._put({"ids": ids, "lengths": lengths, "seeds": seeds})
+        more = self._put(more or {})
         about = {"penalty": sampling.repetition_penalty != 1.0, "columns": columns}
-        state = self._begin(self._variables, jax.random.key(seed), more, **batch, **about)
+        state = self._begin(self._variables, more, **batch, **about)
         texts, made, done = [[] for _ in prompts], 0, np.zeros(len(prompts), bool)
         while made < self._tokens and not done.all():
             burst, state = self._advance(self._variables, state, more, sampling=sampling)
@@ -193,7 +196,7 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         return ids, lengths, self._columns(longest + self._tokens)
 
-    def _prefill(self, variables, key, more, ids, lengths, penalty, columns):
+    def _prefill(self, variables, more, ids, lengths, seeds, penalty, columns):
         cache = causal.empty_cache(self._model.config, len(ids), columns, self._dtype)
         columns = jnp.arange(ids.shape[1])
         real = columns < lengths[:, None]
@@ -210,13 +213,14 @@ class Generator:
             seen = jnp.zeros(scores[:, 0].shape, bool)
             outside = jnp.where(real, ids, seen.shape[1])  # padding, as virtual tokens
             seen = seen.at[rows, outside].set(True, mode="drop")
-        return State(cache, scores[:, 0], lengths, jnp.zeros(len(ids), bool), seen, key)
+        keys = jax.vmap(jax.random.key)(seeds)
+        return State(cache, scores[:, 0], lengths, jnp.zeros(len(ids), bool), seen, keys)
 
     def _decode(self, variables, state, more, sampling):
         """(tokens [burst, b], -1 where a text was over, the state behind them)."""
 
         def step(state, _):
-            key, own = jax.random.split(state.key)
+            keys, own = jax.vmap(jax.random.split, out_axes=1)(state.keys)
             token = chosen(state.scores, state.seen, sampling, own)
             shown = jnp.where(state.done, -1, token)
             over = jnp.isin(token, jnp.array(self._ends, jnp.int32)) if self._ends else False
@@ -231,7 +235,7 @@ class Generator:
             if seen is not None:
                 seen = seen.at[jnp.arange(len(token)), token].set(True)
             lengths = state.lengths + ~state.done
-            return State(cache, scores[:, 0], lengths, state.done | over, seen, key), shown
+            return State(cache, scores[:, 0], lengths, state.done | over, seen, keys), shown
 
         state, tokens = jax.lax.scan(step, state, length=self._burst)
         return tokens, state
@@ -255,7 +259,7 @@ def speak(generator, tokenizer, prompts, sampling=LIKELIEST, *, stops=(), show=N
     shown, texts = [0] * len(prompts), [("", False)] * len(prompts)
 
     def read(lists):
-        decoded = (tokenizer.decode(ids, skip_special_tokens=True) for ids in lists)
+        decoded = (_decoded(tokenizer, ids) for ids in lists)
         texts[:] = [cut(text, stops) for text in decoded]
         return [over for _, over in texts]
 
@@ -265,6 +269,13 @@ def speak(generator, tokenizer, prompts, sampling=LIKELIEST, *, stops=(), show=N
     if show is not None:
         _show(texts, shown, stops, show, last=True)
     return [text for text, _ in texts]
+
+
+def _decoded(tokenizer, ids):
+    """What the ids say, as they say it: not what some tokenizers tidy up (`it 's`), which would
+    change the end of a text that is shown already."""
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode(ids, **how)
 
 
 def _show(texts, shown, stops, show, last):

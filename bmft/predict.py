@@ -173,7 +173,8 @@ def _predictor(model, labels, methods, variables, settings, folder):
 def _of_model(folder, settings, how):
     """The `Predictor` of a directory with a whole fine-tuned model."""
     written = models.read_json(folder)
-    if any(name.endswith("ForCausalLM") for name in written.get("architectures") or ()):
+    language = ("ForCausalLM", "LMHeadModel")  # the second is GPT-2's
+    if any(name.endswith(language) for name in written.get("architectures") or ()):
         return writing.load(str(folder), **how)
     named = written.get("id2label") or {}
     labels = tuple(name for _, name in sorted(named.items(), key=lambda item: int(item[0])))

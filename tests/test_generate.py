@@ -3,6 +3,9 @@
 Against transformers' generate and its processors of logits: tests/parity/test_generate.py.
 """
 
+import functools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ import tiny
 import tiny_causal
 from trained import Trained
 
-from bmft import generate, models, peft
+from bmft import generate, layers, models, peft
 from bmft.errors import Mistake
 from bmft.generate import Sampling
 from bmft.models import weights
@@ -41,10 +44,10 @@ def drawn():
     seen = jnp.zeros((2, 5), bool).at[0, 0].set(True).at[1, 2].set(True)
     ways = [sampling for sampling, _ in KEPT] + TWO
 
-    def draw(key):
-        return [generate.chosen(SCORES, seen, sampling, key) for sampling in ways]
+    def draw(keys):
+        return [generate.chosen(SCORES, seen, sampling, keys) for sampling in ways]
 
-    tokens = tiny.hasty(jax.vmap(draw))(jax.random.split(jax.random.key(0), 1000))
+    tokens = tiny.hasty(jax.vmap(draw))(jax.random.split(jax.random.key(0), (1000, 2)))
     return dict(zip(ways, map(np.asarray, tokens), strict=True))
 
 
@@ -85,11 +88,18 @@ def model(tmp_path_factory):
     return found, weights.load(found, jax.random.key(0)).params
 
 
+def in_haste(*args, **how):
+    """A `Generator` whose programs are compiled in haste."""
+    hasty = functools.partial(jax.jit, compiler_options=tiny.IN_HASTE)
+    with mock.patch.object(jax, "jit", hasty):
+        return generate.Generator(*args, **how)
+
+
 @pytest.fixture(scope="module")
 def generator(model):
     model, params = model
     apply = peft.attach((), model).apply
-    return generate.Generator(apply, {"params": params}, model, tokens=9, ends=(2,), burst=4)
+    return in_haste(apply, {"params": params}, model, tokens=9, ends=(2,), burst=4)
 
 
 PROMPTS = tiny_causal.texts((7, 1, 12), seed=3)
@@ -134,11 +144,22 @@ def test_an_adapter_for_each_prompt(model, are_likeliest, tmp_path):
         for name, one in trained.items()
     }
     both = several.attach(read, found, {"params": params})
-    generator = generate.Generator(both.apply, both.variables, found, tokens=9, ends=(2,), burst=9)
+    generator = in_haste(both.apply, both.variables, found, tokens=9, ends=(2,), burst=9)
     texts = last(generator, PROMPTS, more={"adapters": np.array([[1], [-1], [0]])})
     for row, name in enumerate(("mlp", None, "attention")):
         own = trained[name].merged(params) if name else params
         are_likeliest(own, PROMPTS[row : row + 1], texts[row : row + 1])
+
+
+def test_an_embedding_of_its_own_for_each_token():
+    """LoRA on a table that is scaled, as Gemma's is; -1: of no adapter."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 7, 3)), rng.normal(size=(2, 3, 4))
+    ids, which = np.array([[5, 0, 6]]), np.array([[1, 0, -1]])
+    update = tiny.hasty(several._update, static_argnums=0)
+    ours = update(layers.Embed(7, 4, scale=2.0), ids, jnp.array(a), jnp.array(b), which)
+    want = [2 * a[1, 5] @ b[1], 2 * a[0, 0] @ b[0], np.zeros(4)]
+    np.testing.assert_allclose(ours[0], want, rtol=1e-5, atol=1e-6)
 
 
 def test_one_that_is_over_stays_and_the_others_go_on(generator):
@@ -154,9 +175,14 @@ def test_one_that_is_over_stays_and_the_others_go_on(generator):
 
 
 def test_a_seed_is_a_text(generator):
+    """A row's is the seed and its number: it matters not what the other rows are."""
     how = Sampling(temperature=1.0, top_k=20)
     one, other, again = (last(generator, PROMPTS, how, seed=seed) for seed in (0, 1, 0))
-    assert one == again != other
+    assert one == again
+    assert all(text != changed for text, changed in zip(one, other, strict=True))
+    moved = last(generator, [*PROMPTS[1:], PROMPTS[0]], how, seed=1)
+    assert moved[:2] == one[1:]
+    assert last(generator, PROMPTS, how, seed=-1)[1] != one[1]
 
 
 def test_no_room(generator):
@@ -169,8 +195,8 @@ def test_no_room(generator):
 class Letters:
     """A tokenizer of letters."""
 
-    def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert skip_special_tokens and not clean_up_tokenization_spaces
         return "".join(chr(ord("a") + i) for i in ids)
 
 

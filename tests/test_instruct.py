@@ -8,11 +8,12 @@ import signal
 import numpy as np
 import pytest
 import tiny
+import tiny_causal
 import tiny_dialogs
 from safetensors.numpy import load_file
 
 import bmft
-from bmft import chat, prepare
+from bmft import chat, prepare, writing
 from bmft.errors import command
 from experiments import instruct_lora
 
@@ -96,6 +97,16 @@ def test_a_run_answers_as_it_did_at_its_end(finished):
     found = writer.predict(["one?", {"messages": [{"role": "user", "content": "What is two?"}]}])
     for one, sample in zip(found, samples, strict=True):
         assert one["answer"] == sample["after"]
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_whole_language_model_is_known_by_its_name(kind, tmp_path, monkeypatch):
+    """GPT-2's is not called like the others'."""
+    family = {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}[kind]
+    settings = tiny_causal.CONFIGS[family] | {"architectures": [kind]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(writing, "load", lambda base, **how: base)
+    assert bmft.load(tmp_path) == str(tmp_path)
 
 
 def test_a_conversation(finished, capsys):

@@ -130,9 +130,11 @@ def _from_hub(name):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    # Mistral's are there twice: consolidated.safetensors is the whole once more.
+    unwanted = ["*/*", "consolidated*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except HFValidationError:
         raise Mistake(f"model.name: {name!r} is no model; {nearest(name, PRESETS)}") from None
     except Exception as error:  # the Hub's client raises some thirty kinds, by transport

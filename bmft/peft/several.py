@@ -219,9 +219,12 @@ def _scaled(x, table, which):
 
 
 def _update(module, x, a, b, which):
-    """LoRA's update of x [..., in] by stacks A [n, ..., in, r] and B, float32."""
-    x = x.astype(jnp.float32)
+    """LoRA's update of x [..., in], or ids [b, t], by stacks A [n, ..., in, r] and B, float32."""
     mine = jax.nn.one_hot(which, len(a))  # -1 is none
+    if isinstance(module, layers.Embed):
+        h = a.swapaxes(0, 1)[x] * mine[..., None]
+        return jnp.einsum("...nr,nro->...o", h, b) * module.scale
+    x = x.astype(jnp.float32)
     mine = mine.reshape(*which.shape, *[1] * (x.ndim - 1 - which.ndim), -1)
     if isinstance(module, layers.Conv):
         ones = jnp.ones(a.shape[-1])
