@@ -16,7 +16,10 @@ LORA = {"rank": 3, "alpha": 7.0}
 CASES = [
     (
         "llama",
-        {"lora": LORA | {"targets": ("all-linear", "lm_head")}, "prompt_tuning": {"tokens": 2}},
+        {
+            "lora": LORA | {"targets": ("q_proj", "gate_proj", "lm_head")},
+            "prompt_tuning": {"tokens": 2},
+        },
     ),
     ("llama", {"adapter": {"kind": "houlsby"}, "prefix_tuning": {"tokens": 2}}),
     ("gpt2", {"lora": LORA | {"targets": ("c_attn", "mlp.c_proj")}}),

@@ -28,6 +28,7 @@ VERSIONS = (2, 3)
 KINDS = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
 NUMBERS = dict(enumerate("u1 i1 u2 i2 u4 i4 f4 bool".split())) | {10: "u8", 11: "i8", 12: "f8"}
 STRING, ARRAY = 8, 9
+PARTS = 64  # files whose headers are kept: the layers of a large model lie in many
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split file
 
 
@@ -90,7 +91,7 @@ def stamp(path):
     return about.st_size, about.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=PARTS)
 def _header(path, size, _changed):
     if size < 24:
         raise Mistake(f"{path}: {size} bytes are no GGUF file")

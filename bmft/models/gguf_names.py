@@ -101,7 +101,7 @@ def index(path):
     return _index(path, gguf_file.stamp(path))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=gguf_file.PARTS)
 def _index(path, _stamp):
     table = ARCHITECTURES[architecture(path)]
     found = {}
