@@ -259,7 +259,7 @@ def test_batches_of_a_run_and_what_is_printed(monkeypatch, capsys):
     batch = found.at(0)
     assert (batch["targets"] >= 0).sum() == 4 * 2
     printed = capsys.readouterr().out
-    left = "2 left out, as the cut leaves nothing to learn"
+    left = "2 left out, as the cut leaves nothing to learn (the first: examples row 5)"
     assert printed.startswith(f"train: 7 examples; format messages; {left}\n")
     assert printed.endswith("<|im_start|>assistant\n⟦2<|im_end|>⟧\n")
 

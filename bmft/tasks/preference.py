@@ -25,7 +25,7 @@ from bmft.tasks import Task
 from bmft.tasks.causal_lm import by_segment, show, style_of
 
 METHODS = ("dpo", "ipo", "simpo")
-LEAST = ("loss",)
+NAMES = {"accuracy": "max", "margin": "max", "chosen": "max", "rejected": "min", "loss": "min"}
 
 
 def make(
@@ -68,14 +68,13 @@ def make(
         cost, margin = costs(sums)
         return {**sums, "cost": cost, "margin": margin}
 
-    names = ("accuracy", "margin", "chosen", "rejected", "loss")
     return Task(
         name="preference",
         labels=None,
         num_outputs=None,
         heads=(),
         metric=("accuracy", "max"),
-        directions={name: "min" if name in LEAST else "max" for name in names},
+        directions=NAMES,
         targets=lambda table: None,
         loss=loss,
         outputs=outputs,
