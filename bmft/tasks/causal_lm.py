@@ -40,12 +40,7 @@ def make(
         )
     written.check(measures, pattern)
 
-    def encode(table, tokenizer, max_length, cache=None):
-        style = style_of(table, template, separator, answers)
-        return dialog_text.encode(table, tokenizer, style, max_length, cache)
-
-    def prompts(table, tokenizer):
-        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+    encode, prompts = readers(template, separator, answers)
 
     def measure(texts, references):
         return written.measure(measures, texts, references, pattern)
@@ -74,6 +69,19 @@ def style_of(table, template=None, separator=None, answers="all"):
     form = FORMATS[table.format]
     template = form.template if template is None else template
     return chat.Style(template, form.separator if separator is None else separator, answers)
+
+
+def readers(template, separator, answers):
+    """(encode, prompts) of a `Task`, by its keys."""
+
+    def encode(table, tokenizer, max_length, cache=None):
+        style = style_of(table, template, separator, answers)
+        return dialog_text.encode(table, tokenizer, style, max_length, cache)
+
+    def prompts(table, tokenizer):
+        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+
+    return encode, prompts
 
 
 def show(encoded, tokenizer):

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft.data import chat, dialog_text
+from bmft.data import chat
 from bmft.errors import Mistake, nearest
 from bmft.tasks import Task
-from bmft.tasks.causal_lm import by_segment, show, style_of
+from bmft.tasks.causal_lm import by_segment, readers, show, style_of
 
 METHODS = ("dpo", "ipo", "simpo")
 NAMES = {"accuracy": "max", "margin": "max", "chosen": "max", "rejected": "min", "loss": "min"}
@@ -44,13 +44,7 @@ def make(
         if table.rejected is None:
             raise Mistake(f"{table.source} holds no preference pairs: chosen and rejected")
         chat.check_style(style_of(table, template, separator, "last"))
-
-    def encode(table, tokenizer, max_length, cache=None):
-        style = style_of(table, template, separator, "last")
-        return dialog_text.encode(table, tokenizer, style, max_length, cache)
-
-    def prompts(table, tokenizer):
-        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+    encode, prompts = readers(template, separator, "last")
 
     def costs(sums):
         return pair_costs(sums, method, beta, gamma, smoothing)
