@@ -129,8 +129,9 @@ def test_plain():
 def test_an_answer_that_the_lead_of_the_template_holds_too():
     """Qwen3 puts empty thoughts before a last answer, in tokens of their own."""
     template = TEMPLATES["qwen3"].replace("<think></think>", "<turn>think<end>")
-    encoded, made = encode([(*ASKED[:1], Turn("assistant", "think"))], template)
-    assert learned(encoded, made) == ["<turn>think<end>\nthink<|im_end|>"]
+    for said in ("think", " <"):
+        encoded, made = encode([(*ASKED[:1], Turn("assistant", said))], template)
+        assert learned(encoded, made) == [f"<turn>think<end>\n{said}<|im_end|>"]
 
 
 def test_thoughts_that_only_a_last_answer_has():

@@ -136,7 +136,7 @@ def _span(tokenizer, text, turns, i, ends):
     if not text.startswith(opened):
         raise Unfit(f"changes what stands before an answer once another turn follows{hint}")
     rest, own = text[len(opened) :], alone[len(opened) :]
-    usual = "" if own.lstrip().startswith(answer) else _usual_lead(tokenizer, turns[:i], opened)
+    usual = _usual_lead(tokenizer, turns[:i], opened) if own.count(answer) > 1 else ""
     lead, found, tail = _around(rest, answer, usual)
     own_lead, _, mark = _around(own, answer, usual)
     if not found or (lead.strip() and lead != own_lead):
@@ -162,10 +162,11 @@ def _usual_lead(tokenizer, turns, opened):
 
 
 def _around(rendered, answer, usual):
-    """(before, answer, behind) of the answer's first place in a text; but of `usual` and the answer
-    behind it: `i` stands in `<think>`, too."""
-    if rendered.startswith(usual + answer):
-        return usual, answer, rendered[len(usual + answer) :]
+    """(before, answer, behind): the answer behind `usual`, as `i` stands in `<think>`, too; without
+    `usual` before it, its first place in the text."""
+    said = rendered[len(usual) :].lstrip()
+    if rendered.startswith(usual) and said.startswith(answer):
+        return rendered[: -len(said)], answer, said[len(answer) :]
     return rendered.partition(answer)
 
 
