@@ -269,6 +269,7 @@ def test_batches_of_a_run_and_what_is_printed(monkeypatch, capsys):
 WRONG = {
     "measure": (causal_lm, {"measures": ("blue",)}, "no measure 'blue'; did you mean 'bleu'"),
     "template": (causal_lm, {"template": "chatml"}, "task.template='chatml'; did you mean 'chat'"),
+    "separator": (causal_lm, {"separator": " "}, "task.separator=' ' is not read with task.templ"),
     "answers": (causal_lm, {"answers": "first"}, "task.answers='first'; known: all, last"),
     "no pairs": (preference, {}, "examples holds no preference pairs"),
     "method": (preference, {"method": "ppo"}, "task.method='ppo'; did you mean"),

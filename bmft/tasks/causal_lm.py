@@ -16,6 +16,7 @@ import numpy as np
 
 from bmft.data import chat, dialog_text
 from bmft.data.dialog_formats import FORMATS
+from bmft.errors import Mistake
 from bmft.tasks import Task
 from bmft.tasks import answers as written
 
@@ -65,9 +66,12 @@ def make(
 
 
 def style_of(table, template=None, separator=None, answers="all"):
-    """The `chat.Style` of a table: what the keys say, else what its format says."""
+    """The `chat.Style` of a table: what the keys say, else what its format says. Raises Mistake for
+    a separator that a chat template would not read."""
     form = FORMATS[table.format]
     template = form.template if template is None else template
+    if template == "chat" and separator is not None:
+        raise Mistake(f"task.separator={separator!r} is not read with task.template=chat, but plain")
     return chat.Style(template, form.separator if separator is None else separator, answers)
 
 
