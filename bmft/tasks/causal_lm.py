@@ -71,7 +71,7 @@ def style_of(table, template=None, separator=None, answers="all"):
     form = FORMATS[table.format]
     template = form.template if template is None else template
     if template == "chat" and separator is not None:
-        raise Mistake(f"task.separator={separator!r} is not read with task.template=chat, but plain")
+        raise Mistake(f"task.separator={separator!r} is not read with task.template=chat")
     return chat.Style(template, form.separator if separator is None else separator, answers)
 
 
