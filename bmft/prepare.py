@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bmft import evaluate, export, models, optim, peft, quantize, sharding, tasks, train, tree
@@ -173,9 +174,7 @@ def batches(config, model, methods, task, tables, mesh):
 
     found = {split: of(split) for split in tables}
     for split, table in tables.items():
-        cut, left = encoded[split].truncated, table.size - len(encoded[split].lengths)
-        notes = [*table.notes, *[f"{cut} cut to {config.data.max_length} tokens"] * bool(cut)]
-        notes += [f"{left} left out, as the cut leaves nothing to learn"] * bool(left)
+        notes = _notes(table, encoded[split], config.data.max_length)
         print(f"{split}: {table.size:,} examples" + "".join(f"; {note}" for note in notes))
     train_batches = found["train"]
     print(
@@ -185,6 +184,18 @@ def batches(config, model, methods, task, tables, mesh):
     if shown:
         print(shown)
     return found
+
+
+def _notes(table, encoded, max_length):
+    """What a user should know of a split, and of what the cut to max_length did to it."""
+    notes = list(table.notes)
+    if encoded.truncated:
+        notes.append(f"{encoded.truncated} cut to {max_length} tokens")
+    if len(encoded.lengths) < table.size:
+        left = np.setdiff1d(np.arange(table.size), encoded.rows)
+        of_them = f"the first: {table.where(left[0])}"
+        notes.append(f"{len(left)} left out, as the cut leaves nothing to learn ({of_them})")
+    return notes
 
 
 # --- model -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from tiny_chat import CHATML, tokenizer
 
 from bmft import evaluate, models, prepare, sharding, tasks
@@ -74,8 +75,8 @@ def test_the_loss_is_the_mean_over_learned_tokens():
     encoded, task = examples(), causal_lm.make({})
     variables = {"params": table(), "peft": table(2)}
     expected = likelihoods(encoded, table() + table(2))
-    of_batch = jax.jit(lambda batch: task.loss(forward(variables), batch, None))
-    sums = [jax.tree.leaves(of_batch(batch)) for batch in batches(encoded)]
+    of_batch = tiny.hasty(lambda variables, batch: task.loss(forward(variables), batch, None))
+    sums = [jax.tree.leaves(of_batch(variables, batch)) for batch in batches(encoded)]
     assert len(sums) == 3
     total, weight, seen = np.sum(sums, 0)
     assert (weight, seen) == (expected[:, 1].sum(), N)
@@ -123,14 +124,14 @@ def test_preferences_are_the_papers(method):
     sides = (policy[0::2, 0], policy[1::2, 0], base[0::2, 0], base[1::2, 0])
     cost, margin = formulas(*sides, (policy[0::2, 1], policy[1::2, 1]), method)
 
-    @jax.jit
-    def both(adapter):
+    @tiny.hasty
+    def both(adapter, batch):
         bound = forward({"params": table(), "peft": adapter})
         return task.loss(bound, batch, None), task.outputs(bound, batch)
 
     (batch,) = batches(encoded, batch_size=N)
     order = np.argsort(batch["index"], axis=None)[-N:]  # behind the empty slots
-    ((total, weight), aux), outputs = jax.device_get(both(table(2)))
+    ((total, weight), aux), outputs = jax.device_get(both(table(2), batch))
     outputs = {name: values.ravel()[order] for name, values in outputs.items()}
     for name, expected in (("cost", cost), ("margin", margin), ("chosen", sides[0])):
         np.testing.assert_allclose(outputs[name], expected, rtol=1e-4, atol=1e-5)
@@ -145,7 +146,7 @@ def test_preferences_are_the_papers(method):
     assert found.keys() == task.directions.keys()
     assert task.decode(outputs)[3]["margin"] == pytest.approx(margin[3], rel=1e-4)
     if method != "simpo":  # before the first step no answer is preferred
-        ((total, weight), aux), outputs = both(np.zeros((V, V), np.float32))
+        ((total, weight), aux), outputs = both(np.zeros((V, V), np.float32), batch)
         assert abs(outputs["margin"]).max() < 1e-6
         assert total / N == pytest.approx(np.log(2) if method == "dpo" else (1 / 0.6) ** 2)
 
@@ -155,21 +156,22 @@ def test_the_gradient_of_dpo_is_the_papers():
     (batch,) = batches(examples(pairs=True), batch_size=N)
     task = preference.make({}, beta=0.3)
 
-    def total(adapter, base):
+    def total(adapter, base, batch):
         return task.loss(forward({"params": base, "peft": adapter}), batch, None)[0][0]
 
-    def log_p(adapter):
+    def log_p(adapter, batch):
         bound = forward({"params": table(), "peft": adapter})
         sums = preference.log_likelihoods(bound, batch, False, train=False)
         return sums["chosen"] - sums["rejected"]
 
-    @jax.jit
-    def gradients(adapter):
-        h = 0.3 * (log_p(adapter) - log_p(jnp.zeros_like(adapter)))
-        (expected,) = jax.vjp(log_p, adapter)[1](-0.3 * jax.nn.sigmoid(-h) * batch["weights"])
-        return *jax.grad(total, argnums=(0, 1))(adapter, jnp.array(table())), expected
+    @tiny.hasty
+    def gradients(adapter, base, batch):
+        now, back = jax.vjp(lambda adapter: log_p(adapter, batch), adapter)
+        h = 0.3 * (now - log_p(jnp.zeros_like(adapter), batch))
+        (expected,) = back(-0.3 * jax.nn.sigmoid(-h) * batch["weights"])
+        return *jax.grad(total, argnums=(0, 1))(adapter, base, batch), expected
 
-    of_adapter, of_base, expected = gradients(table(2))
+    of_adapter, of_base, expected = gradients(table(2), table(), batch)
     np.testing.assert_allclose(of_adapter, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(of_base, expected, rtol=1e-4, atol=1e-6)
 
@@ -180,12 +182,12 @@ def test_a_batch_in_parts_is_the_whole(pairs):
     task = preference.make({}) if pairs else causal_lm.make({})
     batch = batches(examples(pairs), rows_multiple=2).at(0)
 
-    @jax.jit
-    def sums(variables):
+    @tiny.hasty
+    def sums(variables, batch):
         parts = [batch, *({name: a[i::2] for name, a in batch.items()} for i in range(2))]
         return [task.loss(forward(variables), part, None) for part in parts]
 
-    whole, *halves = map(jax.tree.leaves, sums({"params": table(), "peft": table(2)}))
+    whole, *halves = map(jax.tree.leaves, sums({"params": table(), "peft": table(2)}, batch))
     np.testing.assert_allclose(whole, np.sum(halves, 0), rtol=1e-5)
 
 
@@ -259,7 +261,7 @@ def test_batches_of_a_run_and_what_is_printed(monkeypatch, capsys):
     batch = found.at(0)
     assert (batch["targets"] >= 0).sum() == 4 * 2
     printed = capsys.readouterr().out
-    left = "2 left out, as the cut leaves nothing to learn"
+    left = "2 left out, as the cut leaves nothing to learn (the first: examples row 5)"
     assert printed.startswith(f"train: 7 examples; format messages; {left}\n")
     assert printed.endswith("<|im_start|>assistant\n⟦2<|im_end|>⟧\n")
 
@@ -267,6 +269,7 @@ def test_batches_of_a_run_and_what_is_printed(monkeypatch, capsys):
 WRONG = {
     "measure": (causal_lm, {"measures": ("blue",)}, "no measure 'blue'; did you mean 'bleu'"),
     "template": (causal_lm, {"template": "chatml"}, "task.template='chatml'; did you mean 'chat'"),
+    "separator": (causal_lm, {"separator": " "}, "task.separator=' ' is not read with task.templ"),
     "answers": (causal_lm, {"answers": "first"}, "task.answers='first'; known: all, last"),
     "no pairs": (preference, {}, "examples holds no preference pairs"),
     "method": (preference, {"method": "ppo"}, "task.method='ppo'; did you mean"),

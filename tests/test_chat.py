@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import tokenizers
 from tiny_chat import CHATML, TEMPLATES, UNFIT, tokenizer
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from bmft.data import chat, dialog_text
 from bmft.data.chat import PROBE, Style
@@ -121,6 +124,54 @@ def test_plain():
     assert dialog_text.shown(encoded, made) == "two?\n⟦2</s>⟧"
     # Nothing comes before a first token, so it is not learned.
     assert dialog_text.shown(encoded, made, 1) == "It⟦ is</s>⟧"
+
+
+def test_an_answer_that_the_lead_of_the_template_holds_too():
+    """Qwen3 puts empty thoughts before a last answer, in tokens of their own."""
+    template = TEMPLATES["qwen3"].replace("<think></think>", "<turn>think<end>")
+    for said in ("think", " <"):
+        encoded, made = encode([(*ASKED[:1], Turn("assistant", said))], template)
+        assert learned(encoded, made) == [f"<turn>think<end>\n{said}<|im_end|>"]
+
+
+def test_thoughts_that_only_a_last_answer_has():
+    """As Qwen3.5's: the opening has them, an answer before the last has not."""
+    thoughtful = TEMPLATES["qwen3"].replace("assistant\n", "assistant\n<think></think>\n")
+    with pytest.raises(Mistake, match=r"once another turn follows; task\.answers=last\?$"):
+        encode([PROBE], thoughtful)
+    encoded, made = encode([PROBE], thoughtful, Style("chat", answers="last"))
+    assert learned(encoded, made) == ["Yes, quite sure.<|im_end|>"]
+    assert names(dialog_text.ends(made, CHAT), made) == ["</s>", "<|im_end|>"]
+
+
+def test_what_ends_an_answer():
+    made = tokenizer(CHATML)
+    assert names(dialog_text.ends(made, CHAT), made) == ["</s>", "<|im_end|>"]
+    assert names(dialog_text.ends(made, PLAIN), made) == ["</s>"]
+    # What a template learns behind the mark is no mark.
+    longer = "<|im_end|>{{ '\n' + eos_token }}{% endgeneration %}"
+    made = tokenizer(TEMPLATES["generation"].replace("<|im_end|>{% endgeneration %}", longer))
+    assert names(dialog_text.ends(made, CHAT), made) == ["</s>", "<|im_end|>"]
+
+
+def names(ids, made):
+    return made.convert_ids_to_tokens(list(ids))
+
+
+def test_no_blank_comes_in_between_where_a_tokenizer_puts_one_before_a_text():
+    """As Llama 2's and Mistral's does: `A: ` goes on with `yes`, not with ` yes`."""
+    words = ["<s>", "</s>", *"▁A:yesa\n", "ye", "yes", "▁yes"]
+    merges = [("y", "e"), ("ye", "s"), ("▁", "yes")]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(blanks)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    for asked, expected in (("A: ", ["▁", "A", ":", "▁", "yes"]), ("A:", ["▁", "A", ":", "yes"])):
+        table = Dialogs([(Turn("user", asked), Turn("assistant", "yes"))])
+        encoded = dialog_text.encode(table, made, Style("plain", ""), 99)
+        assert names(encoded.tokens.tolist(), made) == [*expected, "</s>"]
+        assert names(encoded.tokens[encoded.learned].tolist(), made) == ["yes", "</s>"]
 
 
 def test_no_token_lies_across_the_beginning_of_an_answer():

@@ -187,6 +187,7 @@ WRONG_KEYS = {
     "tweets": ({"name": "tweets"}, "data.name='tweets' has labels, no answers"),
     "label": ({"label": "stars"}, "data.label='stars' is not read"),
     "dir": ({"dir": "x"}, "data.dir='x' is not read"),
+    "other column": ({"text": "body"}, "data.text='body' is not read: .* has format alpaca"),
     "no file": ({"train": None}, "needs data.train"),
     "no split": ({"name": "hub:me/x", "train": "a"}, "data.train='a' is not read"),
 }
@@ -195,7 +196,8 @@ WRONG_KEYS = {
 @pytest.mark.parametrize(("changes", "message"), WRONG_KEYS.values(), ids=WRONG_KEYS)
 def test_wrong_keys(changes, message, tmp_path):
     with pytest.raises(Mistake, match=message):
-        load(tmp_path, [{"text": "a"}], **changes)
+        rows = FORMATS["alpaca"][0] if changes.get("text") else [{"text": "a"}]
+        load(tmp_path, rows, **changes)
 
 
 def test_a_line_of_e2e_has_two_fields(tmp_path):

@@ -102,8 +102,9 @@ def prompt(tokenizer, turns, style):
 
 
 def ends(tokenizer):
-    """A pattern of the special tokens, of which one mostly ends a turn."""
-    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    """A pattern of the special tokens, of which one mostly ends a turn. Gemma has added blanks."""
+    added = (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)
+    special = {token for token in added if token.strip()}
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
 
@@ -126,15 +127,20 @@ def spans(tokenizer, turns, style, ends):
 
 def _span(tokenizer, text, turns, i, ends):
     """(start, end) of answer i in `text`, the rendered dialog."""
-    answer = turns[i].content.strip()  # many templates strip it
+    answer, last = turns[i].content.strip(), i == len(turns) - 1  # many templates strip it
     opened = render(tokenizer, turns[:i], opened=True)
-    alone = text if i == len(turns) - 1 else render(tokenizer, turns[: i + 1])
-    if not (text.startswith(opened) and alone.startswith(opened)):
+    alone = text if last else render(tokenizer, turns[: i + 1])
+    hint = "" if last else "; task.answers=last?"
+    if not alone.startswith(opened):
         raise Unfit("changes what stands before an answer once the answer is there")
-    lead, found, tail = text[len(opened) :].partition(answer)
-    own_lead, _, mark = alone[len(opened) :].partition(answer)
+    if not text.startswith(opened):
+        raise Unfit(f"changes what stands before an answer once another turn follows{hint}")
+    rest, own = text[len(opened) :], alone[len(opened) :]
+    usual = _usual_lead(tokenizer, turns[:i], opened) if own.count(answer) > 1 else ""
+    lead, found, tail = _around(rest, answer, usual)
+    own_lead, _, mark = _around(own, answer, usual)
     if not found or (lead.strip() and lead != own_lead):
-        raise Unfit(f"does not repeat the answer {answer[:40]!r} as it is; task.answers=last?")
+        raise Unfit(f"does not repeat the answer {answer[:40]!r} as it is{hint}")
     # An opening that was not asked for would be learned, and would be missing in generation;
     # one that comes on top is the answer's: Qwen3's empty thoughts.
     if lead.strip() and opened == render(tokenizer, turns[:i]):
@@ -145,8 +151,23 @@ def _span(tokenizer, text, turns, i, ends):
     if not mark:
         raise Unfit("has no mark where an answer ends, so that none would ever be ended")
     if not tail.startswith(mark):
-        raise Unfit("ends an answer otherwise when another turn follows")
+        raise Unfit(f"ends an answer otherwise when another turn follows{hint}")
     return len(opened), len(opened) + len(lead) + len(answer) + len(mark)
+
+
+def _usual_lead(tokenizer, turns, opened):
+    """What the template puts between its opening and an answer to turns, whatever it says."""
+    said = PROBE[-1]
+    return render(tokenizer, (*turns, said))[len(opened) :].partition(said.content)[0]
+
+
+def _around(rendered, answer, usual):
+    """(before, answer, behind): the answer behind `usual`, as `i` stands in `<think>`, too; without
+    `usual` before it, its first place in the text."""
+    said = rendered[len(usual) :].lstrip()
+    if rendered.startswith(usual) and said.startswith(answer):
+        return rendered[: -len(said)], answer, said[len(answer) :]
+    return rendered.partition(answer)
 
 
 # --- a template is tried ---------------------------------------------------------------------

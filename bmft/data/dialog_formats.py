@@ -106,7 +106,10 @@ def _e2e_columns(data, source, lines, format):
     for i, part in enumerate(parts):
         if len(part) != 2:
             where = f"{source} line {lines[i]}" if lines else f"{source} row {i}"
-            raise Mistake(f"{where}: {len(part) - 1} times '||'; a line is meaning||reference")
+            times = f"{len(part) - 1} times '||'"
+            raise Mistake(
+                f"{where}: {times}; a line is meaning||reference (data.format=text: any text)"
+            )
     meanings, references = zip(*parts, strict=True)
     return {"meaning": list(meanings), "reference": list(references)}
 

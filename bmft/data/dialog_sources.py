@@ -22,7 +22,7 @@ KEYS = {  # of the data group, beside the common ones: (type, default)
     "max_eval_examples": (int | None, None),  # the first so many of validation and of test
 }
 UNREAD = {  # kind: keys of the data group that it does not read
-    "instruct": ("dir", *SPLITS, "format"),
+    "instruct": ("dir", *SPLITS, "format", "text"),
     "files": ("dir",),
     "hub": SPLITS,
 }
@@ -124,4 +124,9 @@ def _hub_split(split, paths, data, pairs):
 def _build(columns, source, data, pairs, lines=None):
     settings = {"format": data.format, "pairs": pairs, "column": data.text}
     table = dialog_formats.build(columns, source, lines=lines, **settings)
+    if table.format != "text" and data.text != COLUMNS["text"]:
+        raise Mistake(
+            f"data.text={data.text!r} is not read: {source} has format {table.format}; "
+            "data.format=text reads that column alone"
+        )
     return table._replace(notes=(f"format {table.format}",))

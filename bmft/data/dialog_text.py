@@ -178,13 +178,23 @@ def ends(tokenizer, style):
     found = {tokenizer.eos_token_id} - {None}
     if style.template == "chat":
         try:
-            ids, learned = _ids(tokenizer, style, [chat.PROBE])[0]
+            sequence = _ids(tokenizer, style._replace(answers="last"), [chat.PROBE])[0]
         except chat.Unfit as error:
             raise Mistake(f"the chat template of {chat.name_of(tokenizer)} {error}") from None
-        last = ids[len(ids) - learned[::-1].index(True) - 1]
-        if chat.ends(tokenizer).fullmatch(tokenizer.convert_ids_to_tokens(last)):
-            found.add(last)
+        found |= _mark(tokenizer, _until_learned(*sequence)[0])
     return tuple(sorted(found))
+
+
+def _mark(tokenizer, ids):
+    """The first of the special tokens that ids end with, as a set; blanks between them do not
+    count, such as a line end that `{% generation %}` has in it."""
+    special, found = chat.ends(tokenizer), set()
+    for one in reversed(ids):
+        if special.fullmatch(tokenizer.convert_ids_to_tokens(one)):
+            found = {one}
+        elif tokenizer.decode([one]).strip():
+            break
+    return found
 
 
 def _first(tokenizer):
@@ -234,7 +244,8 @@ def _tokenize(tokenizer, rendered):
         own = [next(heads) for _ in places]
         ends = [len(head) for head in own]
         if any(ids[: len(head)] != head for head in own):
-            parts = ids_of([whole[a:b] for a, b in itertools.pairwise([0, *places, len(whole)])])
+            pieces = itertools.pairwise([0, *places, len(whole)])
+            parts = _one_by_one(ids_of, [whole[a:b] for a, b in pieces])
             ids, ends = sum(parts, []), list(itertools.accumulate(map(len, parts)))[:-1]
         token_at = dict(zip([0, *places, len(whole)], [0, *ends, len(ids)], strict=True))
         learned = [False] * len(ids)
@@ -243,3 +254,15 @@ def _tokenize(tokenizer, rendered):
             learned[a:b] = [True] * (b - a)
         found.append((ids, learned))
     return found
+
+
+def _one_by_one(ids_of, pieces):
+    """The ids of each piece of a text. SentencePiece puts a blank before a text, but not before
+    what goes on behind a line end."""
+    (line_end,), alone = ids_of(["\n"]), ids_of(pieces)
+    if ids_of(["\na"])[0] == line_end + ids_of(["a"])[0]:
+        return alone
+    behind = ids_of(["\n" + piece for piece in pieces])
+    goes_on = [i > 0 and ids[: len(line_end)] == line_end for i, ids in enumerate(behind)]
+    both = zip(goes_on, behind, alone, strict=True)
+    return [ids[len(line_end) :] if on else own for on, ids, own in both]

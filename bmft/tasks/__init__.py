@@ -19,7 +19,8 @@ class Task(NamedTuple):
     bound; batch is what `bmft.data.batches` makes, for images `bmft.data.image_batches`, whose
     arrays, and so the logits, have one axis of rows, not R and K. n is the number of examples of a
     split. A language model (num_outputs None) gives the negative log-likelihood of the batch's
-    targets, float32 [R, T], and `Dialogs` take the place of `Table`.
+    targets, float32 [R, T], and `Dialogs` take the place of `Table`. forward(..., adapter=False) is
+    the base without what methods add.
     """
 
     name: str

@@ -12,13 +12,13 @@ import re
 
 import numpy as np
 
+from bmft.data.dialog_formats import CALCULATOR
 from bmft.errors import Mistake, nearest
 
 # GSM8K: the number behind `####` ends an answer; without one the last number counts.
 NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 MARKED = re.compile(rf"####\s*({NUMBER})")
 LAST = re.compile(rf"(?<![\w.])({NUMBER})")
-CALCULATOR = re.compile(r"<<[^<>]*>>")
 WORDS = re.compile("[a-z0-9]+")  # of lower case, as ROUGE has them
 
 

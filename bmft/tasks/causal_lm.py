@@ -16,6 +16,7 @@ import numpy as np
 
 from bmft.data import chat, dialog_text
 from bmft.data.dialog_formats import FORMATS
+from bmft.errors import Mistake
 from bmft.tasks import Task
 from bmft.tasks import answers as written
 
@@ -40,12 +41,7 @@ def make(
         )
     written.check(measures, pattern)
 
-    def encode(table, tokenizer, max_length, cache=None):
-        style = style_of(table, template, separator, answers)
-        return dialog_text.encode(table, tokenizer, style, max_length, cache)
-
-    def prompts(table, tokenizer):
-        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+    encode, prompts = readers(template, separator, answers)
 
     def measure(texts, references):
         return written.measure(measures, texts, references, pattern)
@@ -70,10 +66,26 @@ def make(
 
 
 def style_of(table, template=None, separator=None, answers="all"):
-    """The `chat.Style` of a table: what the keys say, else what its format says."""
+    """The `chat.Style` of a table: what the keys say, else what its format says. Raises Mistake for
+    a separator that a chat template would not read."""
     form = FORMATS[table.format]
     template = form.template if template is None else template
+    if template == "chat" and separator is not None:
+        raise Mistake(f"task.separator={separator!r} is not read with task.template=chat")
     return chat.Style(template, form.separator if separator is None else separator, answers)
+
+
+def readers(template, separator, answers):
+    """(encode, prompts) of a `Task`, by its keys."""
+
+    def encode(table, tokenizer, max_length, cache=None):
+        style = style_of(table, template, separator, answers)
+        return dialog_text.encode(table, tokenizer, style, max_length, cache)
+
+    def prompts(table, tokenizer):
+        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+
+    return encode, prompts
 
 
 def show(encoded, tokenizer):

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft.data import chat, dialog_text
+from bmft.data import chat
 from bmft.errors import Mistake, nearest
 from bmft.tasks import Task
-from bmft.tasks.causal_lm import by_segment, show, style_of
+from bmft.tasks.causal_lm import by_segment, readers, show, style_of
 
 METHODS = ("dpo", "ipo", "simpo")
-LEAST = ("loss",)
+NAMES = {"accuracy": "max", "margin": "max", "chosen": "max", "rejected": "min", "loss": "min"}
 
 
 def make(
@@ -44,13 +44,7 @@ def make(
         if table.rejected is None:
             raise Mistake(f"{table.source} holds no preference pairs: chosen and rejected")
         chat.check_style(style_of(table, template, separator, "last"))
-
-    def encode(table, tokenizer, max_length, cache=None):
-        style = style_of(table, template, separator, "last")
-        return dialog_text.encode(table, tokenizer, style, max_length, cache)
-
-    def prompts(table, tokenizer):
-        return dialog_text.prompts(table, tokenizer, style_of(table, template, separator))
+    encode, prompts = readers(template, separator, "last")
 
     def costs(sums):
         return pair_costs(sums, method, beta, gamma, smoothing)
@@ -68,14 +62,13 @@ def make(
         cost, margin = costs(sums)
         return {**sums, "cost": cost, "margin": margin}
 
-    names = ("accuracy", "margin", "chosen", "rejected", "loss")
     return Task(
         name="preference",
         labels=None,
         num_outputs=None,
         heads=(),
         metric=("accuracy", "max"),
-        directions={name: "min" if name in LEAST else "max" for name in names},
+        directions=NAMES,
         targets=lambda table: None,
         loss=loss,
         outputs=outputs,
