@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import evaluate, peft
+from bmft import evaluate, models, peft
 from bmft.errors import Mistake
 from bmft.models import causal
 
@@ -104,8 +104,8 @@ def check(sampling):
     }
     for field, (low, high) in bounds.items():
         value, open_below = getattr(sampling, field), field in ("top_p", "repetition_penalty")
-        outside = value <= low if open_below else value < low
-        if outside or (high is not None and value > high):
+        inside = value > low if open_below else value >= low  # of which no NaN is either
+        if not inside or (high is not None and value > high):
             least = f"above {low}" if open_below else f"{low} or more"
             most = "" if high is None else f", and at most {high}"
             raise Mistake(f"{field} is {value}; it must be {least}{most}")
@@ -181,6 +181,7 @@ class Generator:
         if not prompts or not all(prompts):
             raise Mistake("a prompt is empty: there is nothing to go on with")
         prompts = [[*self._virtual, *ids] for ids in prompts]
+        models.check_ids(max(map(max, prompts)), self._model)
         longest = max(map(len, prompts))
         if longest + self._tokens > self._room:
             raise Mistake(

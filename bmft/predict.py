@@ -172,10 +172,9 @@ def _predictor(model, labels, methods, variables, settings, folder):
 
 def _of_model(folder, settings, how):
     """The `Predictor` of a directory with a whole fine-tuned model."""
-    written = models.read_json(folder)
-    if any(name.endswith("ForCausalLM") for name in written.get("architectures") or ()):
+    if models.speaks(folder):
         return writing.load(str(folder), **how)
-    named = written.get("id2label") or {}
+    named = models.read_json(folder).get("id2label") or {}
     labels = tuple(name for _, name in sorted(named.items(), key=lambda item: int(item[0])))
     model = models.find(str(folder), outputs=max(1, len(labels)))
     loaded = weights.load(model, jax.random.key(0))

@@ -145,6 +145,7 @@ def batches(config, model, methods, task, tables, mesh):
         split: encode(table, tokenizer, config.data.max_length, cache)
         for split, table in tables.items()
     }
+    models.check_ids(max(int(found.tokens.max()) for found in encoded.values()), model)
     shown = task.show(encoded["train"], tokenizer) if task.show else None
     encoded = {split: found.behind(virtual) for split, found in encoded.items()}
     rows = sharding.rows(mesh)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bmft import generate, models, peft
 from bmft.data import chat, dialog_text, dialogs
 from bmft.data.dialogs import Turn
+from bmft.data.table import wrong_text
 from bmft.errors import Mistake
 from bmft.generate import LIKELIEST, Sampling
 from bmft.models import weights
@@ -92,17 +93,22 @@ class Writer:
 
 
 def _turns(example, row):
+    where = f"example {row}"
     if isinstance(example, str):
-        return (Turn("user", example),)
+        example = {"text": example}
+    if not isinstance(example, dict):
+        raise Mistake(f"{where} is a {type(example).__name__}, no text or object: {example!r:.80}")
     if "messages" in example:
-        return dialogs.turns_of(example["messages"], f"example {row}", "messages", answered=False)
-    column = next((name for name in QUESTIONS if isinstance(example.get(name), str)), None)
+        return dialogs.turns_of(example["messages"], where, "messages", answered=False)
+    column = next((name for name in QUESTIONS if example.get(name) is not None), None)
     if column is None:
-        raise Mistake(
-            f"example {row} has none of messages, {', '.join(QUESTIONS)}: {example!r:.80}"
-        )
+        raise Mistake(f"{where} has none of messages, {', '.join(QUESTIONS)}: {example!r:.80}")
     more = example.get("input") if column == "instruction" else None
-    return (Turn("user", "\n\n".join(filter(None, (example[column], more)))),)
+    parts = {column: example[column]} | ({"input": more} if more else {})
+    for name, part in parts.items():
+        if reason := wrong_text(part):
+            raise Mistake(f"{where}: {name!r} {reason}")
+    return (Turn("user", "\n\n".join(parts.values())),)
 
 
 def load(base, *, adapter=None, quantize=None, **how):

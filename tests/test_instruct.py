@@ -132,7 +132,8 @@ def test_preferences_on_a_quantized_base(folder, finished):
 
 WRONG = {
     "an encoder": (["--config.model.name=BERT"], "there is no language model here"),
-    "no pairs": (["--config.task.name=preference"], "fits no format"),
+    "no pairs": (["--config.task.name=preference"], "it does fit messages: task.name=causal_lm"),
+    "pairs alone": (["PAIRS"], "it does fit preference: task.name=preference"),
     "tweets": (["--config.data.name=tweets"], "data.name='tweets' has labels, no answers"),
     "data": (["--config.data.name=instrukt"], "did you mean 'instruct'?"),
     "format": (["--config.data.format=alpaca"], "no column 'instruction'"),
