@@ -270,7 +270,7 @@ def _base_of(adapter, base):
     card = files.card(adapter)
     if base is None and card.base is None:
         raise Mistake(f"{adapter} does not say what it was trained on; give --base")
-    if card.task_type == files.LANGUAGE[0]:
+    if writing.is_for(card, base or card.base):
         return models.find(base or card.base)
     if card.outputs is None:
         raise Mistake(f"{adapter} has no classifier")

@@ -176,18 +176,23 @@ class Generator:
                 state = state._replace(**self._put({"done": done}))
             yield texts
 
-    def _padded(self, prompts):
-        """(ids [b, t], lengths [b], columns of the cache)"""
+    def longest(self, prompts):
+        """Tokens of the longest prompt. Raises Mistake for prompts that cannot be gone on with."""
         if not prompts or not all(prompts):
             raise Mistake("a prompt is empty: there is nothing to go on with")
-        prompts = [[*self._virtual, *ids] for ids in prompts]
         models.check_ids(max(map(max, prompts)), self._model)
-        longest = max(map(len, prompts))
+        longest = len(self._virtual) + max(map(len, prompts))
         if longest + self._tokens > self._room:
             raise Mistake(
                 f"a prompt of {longest} tokens and {self._tokens} new ones are more than the "
                 f"{self._room} that {self._model.name} has room for"
             )
+        return longest
+
+    def _padded(self, prompts):
+        """(ids [b, t], lengths [b], columns of the cache)"""
+        longest = self.longest(prompts)
+        prompts = [[*self._virtual, *ids] for ids in prompts]
         ids = np.zeros((len(prompts), self._columns(longest)), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt

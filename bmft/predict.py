@@ -144,7 +144,7 @@ def load(where, *, base=None, **how):
     base = base or card.base
     if base is None:
         raise Mistake(f"{adapter} does not say what it was trained on; give --base")
-    if card.task_type == files.LANGUAGE[0]:
+    if writing.is_for(card, base):
         return writing.load(base, adapter=adapter, quantize=quantize, **how)
     if card.outputs is None:
         raise Mistake(f"{adapter} has no classifier: it cannot predict by itself")

@@ -68,6 +68,11 @@ class Writer:
             texts += self._speak(full, seed=start)[: len(some)]
         return texts
 
+    def check(self, prompts):
+        """Raise Mistake for prompts, lists of ids, that no answer can be written after."""
+        if prompts:
+            self._generator.longest(prompts)
+
     def answer(self, turns, *, seed=0, show=None):
         """The assistant's answer to turns. show: called with each piece of it, as it is written.
         Raises Mistake where the style has no place for such turns."""
@@ -97,7 +102,7 @@ def _turns(example, row):
     if isinstance(example, str):
         example = {"text": example}
     if not isinstance(example, dict):
-        raise Mistake(f"{where} is a {type(example).__name__}, no text or object: {example!r:.80}")
+        raise Mistake(f"{where} is no text, and no object with one: {example!r:.80}")
     if "messages" in example:
         return dialogs.turns_of(example["messages"], where, "messages", answered=False)
     column = next((name for name in QUESTIONS if example.get(name) is not None), None)
@@ -126,6 +131,14 @@ def load(base, *, adapter=None, quantize=None, **how):
     style = read_style(adapter or model.folder, models.tokenizer(model))
     how = {"methods": methods, "columns": generate.power} | how
     return Writer(apply, variables, model, style, **how)
+
+
+def is_for(card, base):
+    """Is the adapter of a `files.Card` one of a language model? PEFT's need not say so: then its
+    base does."""
+    if card.task_type is None and card.outputs is None:
+        return models.speaks(models.locate(base))
+    return card.task_type == files.LANGUAGE[0]
 
 
 # --- what a run shows and leaves -------------------------------------------------------------

@@ -16,9 +16,12 @@ import numpy as np
 
 from bmft.data import chat, dialog_text
 from bmft.data.dialog_formats import FORMATS
+from bmft.data.dialogs import Dialogs
+from bmft.errors import Mistake
 from bmft.tasks import Task
 from bmft.tasks import answers as written
 
+EXAMPLES = Dialogs
 NAMES = {"loss": "min", "perplexity": "min"}
 
 
@@ -70,9 +73,11 @@ def make(
 
 
 def style_of(table, template=None, separator=None, answers="all"):
-    """The `chat.Style` of a table: what the keys say, else what its format says."""
+    """The `chat.Style` of a table: what the keys say, else what its format says. Raises Mistake."""
     form = FORMATS[table.format]
     template = form.template if template is None else template
+    if separator is not None and template == "chat":
+        raise Mistake(f"task.separator={separator!r} is not read with task.template=chat")
     return chat.Style(template, form.separator if separator is None else separator, answers)
 
 

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmft.data import chat, dialog_text
+from bmft.data.dialogs import Dialogs
 from bmft.errors import Mistake, nearest
 from bmft.tasks import Task
 from bmft.tasks.causal_lm import by_segment, show, style_of
 
+EXAMPLES = Dialogs
 METHODS = ("dpo", "ipo", "simpo")
 LEAST = ("loss",)
 
