@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import export, log, models, peft, prepare_images, sharding, tree
+from bmft import export, log, models, peft, prepare_images, sharding, tree, writing
 from bmft.errors import Mistake, Parser, command
 from bmft.models import weights
 from bmft.peft import adapterhub, combining, converting, files, showing, updates
@@ -33,14 +33,13 @@ from bmft.peft import adapterhub, combining, converting, files, showing, updates
 def show(options):
     found = showing.about(options.directory)
     card = found.card
-    labels = ", ".join(card.labels) if card.labels else f"{card.outputs} outputs without names"
     still = f", {found.constants:,} never moved" if found.constants else ""
     facts = {
         "peft_type": card.peft_type,
         "base": card.base,
         "fingerprint": card.fingerprint or "none: not written by bmft",
         "task_type": found.task_type,
-        "head": labels if card.outputs else "none of a name known here",
+        "head": _said_of_head(card),
         "tensors": f"{found.tensors} in {found.size:,} bytes",
         "numbers": f"{found.numbers:,} moved{still}",
         **found.settings,
@@ -52,6 +51,14 @@ def show(options):
         for row in found.rows
     ]
     log.show_table(("module", "what", "shape", "rank", "norm, by layer"), rows)
+
+
+def _said_of_head(card):
+    if card.task_type == files.LANGUAGE[0]:
+        return "its base's, over the vocabulary"
+    if card.outputs:
+        return ", ".join(card.labels or [f"{card.outputs} outputs without names"])
+    return "none of a name known here"
 
 
 # --- merge -----------------------------------------------------------------------------------
@@ -69,12 +76,12 @@ def merge(options):
         loaded.leaves,
         lambda params: peft.merge(adapter.methods, params, variables),
         tree.split(variables, adapter.leaves.__contains__)[0],
-        adapter.labels or _numbered(model.config.outputs),
+        adapter.labels or _numbered(_outputs(model)),
         options.adapter,
     )
     batch = _some_inputs(model)
     want = jax.jit(peft.attach(adapter.methods, model).apply)(variables, batch)
-    again = models.find(options.output, outputs=model.config.outputs)
+    again = models.find(options.output, outputs=_outputs(model))
     merged = weights.load(again, jax.random.key(0)).variables()
     worst = float(abs(jax.jit(again.module.apply)(merged, batch) - want).max())
     share = worst / float(abs(want).max())
@@ -95,7 +102,7 @@ def _undo(options, model):
         lambda: tree.unflatten(found.params),
         lambda params: params,
         {},
-        _labels_of(model.folder) or _numbered(model.config.outputs),
+        _labels_of(model.folder) or _numbered(_outputs(model)),
         options.base,
     )
     print(f"{options.output}: merged again, leaves differ by {found.error:.1e} at most, relative")
@@ -126,8 +133,10 @@ def _some_inputs(model):
         return {"images": jnp.asarray(rng.random((2, c.size, c.size, 3), np.float32))}
     shape = (2, min(16, c.max_length))
     ids = rng.integers(0, c.vocabulary, shape)
-    batch = {"input_ids": ids, "segments": ids * 0 + 1, "token_types": ids * 0}
-    batch |= {"positions": np.tile(np.arange(shape[1]), (2, 1)), "first": ids[:, :1] * 0}
+    batch = {"input_ids": ids, "segments": ids * 0 + 1}
+    batch |= {"positions": np.tile(np.arange(shape[1]), (2, 1))}
+    if not model.names.head:
+        batch |= {"token_types": ids * 0, "first": ids[:, :1] * 0}
     return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
 
@@ -175,8 +184,9 @@ def convert(options):
     if options.tuned:
         if options.base is None:
             raise Mistake("convert --from: give --base MODEL, what the model was trained from")
-        labels = _labels_of(models.locate(options.tuned))
-        outputs = len(labels) if labels else 1
+        where = models.locate(options.tuned)
+        labels = _labels_of(where)
+        outputs = None if models.speaks(where) else len(labels or [None])
         tuned = models.find(options.tuned, outputs=outputs)
         model = models.find(options.base, outputs=outputs)
         of_tuned = weights.load(tuned, jax.random.key(0))
@@ -256,10 +266,12 @@ def _weighted(entry):
 
 
 def _base_of(adapter, base):
-    """The model of an adapter directory, with a head as the adapter's."""
+    """The model of an adapter directory, with a head as the adapter's; or the language model."""
     card = files.card(adapter)
     if base is None and card.base is None:
         raise Mistake(f"{adapter} does not say what it was trained on; give --base")
+    if writing.is_for(card, base or card.base):
+        return models.find(base or card.base)
     if card.outputs is None:
         raise Mistake(f"{adapter} has no classifier")
     return models.find(base or card.base, outputs=card.outputs)
@@ -274,26 +286,38 @@ def _arrays(loaded):
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(loaded.leaves()).items()}
 
 
+def _outputs(model):
+    """How many numbers the head gives; None of a language model."""
+    return None if model.names.head else model.config.outputs
+
+
 def _labels_of(folder):
-    """Names of the outputs by a model's config.json; None for fewer than two."""
+    """Names of the outputs by a model's config.json; None for fewer than two, and where it speaks,
+    though transformers says two of those, too."""
+    if models.speaks(folder):
+        return None
     named = models.read_json(folder).get("id2label") or {}
     labels = tuple(name for _, name in sorted(named.items(), key=lambda item: int(item[0])))
     return labels if len(labels) > 1 else None
 
 
 def _numbered(count):
-    return tuple(f"LABEL_{i}" for i in range(count)) if count > 1 else None
+    return tuple(f"LABEL_{i}" for i in range(count)) if count and count > 1 else None
 
 
 def _beside(model, folder):
-    """The tokenizer, or the preprocessor of images that lies in a folder; None if there is none."""
+    """What lies in a folder beside an adapter or a model: the tokenizer, and how prompts are
+    rendered with it, or the preprocessor of images; None if there is none."""
     if prepare_images.takes_images(model):
         return prepare_images.read_preprocessor(folder, model)
     try:
-        return models.tokenizer(model)
+        tokenizer = models.tokenizer(model)
     except Mistake as mistake:
         print(f"without a tokenizer: {mistake}")
         return None
+    if not model.names.head:
+        return tokenizer
+    return writing.Beside(tokenizer, writing.read_style(folder, tokenizer))
 
 
 def _check_output(folder, *inputs):

@@ -5,7 +5,8 @@
     ./run.sh -m bmft.chat --base MODEL [--adapter DIR] --temperature 0.7 --top-p 0.9
 
 An answer streams as it is written. A line that begins with / is a command: /new forgets the dialog,
-/system TEXT begins a new one with these instructions, /quit ends, as the end of input does.
+/system TEXT begins a new one with these instructions, /quit ends, as the end of input does. Ctrl-C
+stops an answer, which is then forgotten with its question; where one is waited for, it ends.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def _lines():
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
 
 
@@ -75,6 +76,9 @@ def converse(writer, lines, seed=0):
                 answer = writer.answer(asked, seed=number, show=_print)
             except Mistake as mistake:  # no room, or no place for a second question
                 print(f"{mistake}; /new begins anew")
+                continue
+            except KeyboardInterrupt:  # enough of it
+                print()
                 continue
             print(flush=True)
             turns = [*asked, Turn("assistant", answer)]

@@ -14,6 +14,7 @@ from bmft.errors import Mistake, nearest
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block"),
+    "model.quantize": ("nf4", "int8", "int4"),
     "optim.name": ("adamw", "sgd", "adafactor", "lion"),
     "optim.schedule": ("linear", "cosine", "constant"),
 }

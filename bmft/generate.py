@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import evaluate, peft
+from bmft import evaluate, models, peft
 from bmft.errors import Mistake
 from bmft.models import causal
 
@@ -104,8 +104,8 @@ def check(sampling):
     }
     for field, (low, high) in bounds.items():
         value, open_below = getattr(sampling, field), field in ("top_p", "repetition_penalty")
-        outside = value <= low if open_below else value < low
-        if outside or (high is not None and value > high):
+        inside = value > low if open_below else value >= low  # of which no NaN is either
+        if not inside or (high is not None and value > high):
             least = f"above {low}" if open_below else f"{low} or more"
             most = "" if high is None else f", and at most {high}"
             raise Mistake(f"{field} is {value}; it must be {least}{most}")
@@ -179,17 +179,23 @@ class Generator:
                 state = state._replace(**self._put({"done": done}))
             yield texts
 
-    def _padded(self, prompts):
-        """(ids [b, t], lengths [b], columns of the cache)"""
+    def longest(self, prompts):
+        """Tokens of the longest prompt. Raises Mistake for prompts that cannot be gone on with."""
         if not prompts or not all(prompts):
             raise Mistake("a prompt is empty: there is nothing to go on with")
-        prompts = [[*self._virtual, *ids] for ids in prompts]
-        longest = max(map(len, prompts))
+        models.check_ids(max(map(max, prompts)), self._model)
+        longest = len(self._virtual) + max(map(len, prompts))
         if longest + self._tokens > self._room:
             raise Mistake(
                 f"a prompt of {longest} tokens and {self._tokens} new ones are more than the "
                 f"{self._room} that {self._model.name} has room for"
             )
+        return longest
+
+    def _padded(self, prompts):
+        """(ids [b, t], lengths [b], columns of the cache)"""
+        longest = self.longest(prompts)
+        prompts = [[*self._virtual, *ids] for ids in prompts]
         ids = np.zeros((len(prompts), self._columns(longest)), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt

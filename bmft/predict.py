@@ -144,7 +144,7 @@ def load(where, *, base=None, **how):
     base = base or card.base
     if base is None:
         raise Mistake(f"{adapter} does not say what it was trained on; give --base")
-    if card.task_type == files.LANGUAGE[0]:
+    if writing.is_for(card, base):
         return writing.load(base, adapter=adapter, quantize=quantize, **how)
     if card.outputs is None:
         raise Mistake(f"{adapter} has no classifier: it cannot predict by itself")
@@ -172,11 +172,9 @@ def _predictor(model, labels, methods, variables, settings, folder):
 
 def _of_model(folder, settings, how):
     """The `Predictor` of a directory with a whole fine-tuned model."""
-    written = models.read_json(folder)
-    language = ("ForCausalLM", "LMHeadModel")  # the second is GPT-2's
-    if any(name.endswith(language) for name in written.get("architectures") or ()):
+    if models.speaks(folder):
         return writing.load(str(folder), **how)
-    named = written.get("id2label") or {}
+    named = models.read_json(folder).get("id2label") or {}
     labels = tuple(name for _, name in sorted(named.items(), key=lambda item: int(item[0])))
     model = models.find(str(folder), outputs=max(1, len(labels)))
     loaded = weights.load(model, jax.random.key(0))

@@ -32,9 +32,18 @@ def groups(config):
 
 
 def find_task(config, tables):
-    """The `Task` of a config for `{split: Table}`."""
-    make = tasks.get(config.task.name).make
+    """The `Task` of a config for `{split: Table}`, or `{split: Dialogs}`."""
+    make = task_of(config, tables).make
     return make(tables, **{key: config.task[key] for key in signature(make)})
+
+
+def task_of(config, tables):
+    """The module of a config's task. Raises Mistake for one that does not learn from `tables`."""
+    kind, found = type(next(iter(tables.values()))), tasks.get(config.task.name)
+    if found.EXAMPLES is not kind:
+        fit = ", ".join(name for name in tasks.names() if tasks.get(name).EXAMPLES is kind)
+        raise Mistake(f"task.name={config.task.name!r} is no task of this experiment, but {fit}")
+    return found
 
 
 def find_model(config, outputs, **changes):
@@ -146,6 +155,7 @@ def batches(config, model, methods, task, tables, mesh):
         split: encode(table, tokenizer, config.data.max_length, cache)
         for split, table in tables.items()
     }
+    models.check_ids(max(int(found.tokens.max()) for found in encoded.values()), model)
     shown = task.show(encoded["train"], tokenizer) if task.show else None
     encoded = {split: found.behind(virtual) for split, found in encoded.items()}
     rows = sharding.rows(mesh)
@@ -254,6 +264,8 @@ def fit(config, model, methods, mesh, steps, shared=None):
     Raises Mistake where a method claims nothing or needs more steps, or the adapted model differs
     from the base by more than the methods declare.
     """
+    if config.optim.head_learning_rate is not None and not model.heads:
+        raise Mistake(f"optim.head_learning_rate: {model.name} has no head of a task")
     begin, after = peft.memory(methods, steps)  # first: it may find the run too short
     key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
     whole = sharding.replicated(mesh)

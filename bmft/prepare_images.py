@@ -165,7 +165,7 @@ def find(config):
 
 def find_task(config, tables, size):
     """The `Task` of a config for `{split: ImageTable}` and the pixels the network sees."""
-    make = tasks.get(config.task.name).make
+    make = prepare.task_of(config, tables).make
     return make(tables, size, **{key: config.task[key] for key in signature(make)})
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bmft import generate, models, peft
 from bmft.data import chat, dialog_text, dialogs
 from bmft.data.dialogs import Turn
+from bmft.data.table import wrong_text
 from bmft.errors import Mistake
 from bmft.generate import LIKELIEST, Sampling
 from bmft.models import weights
@@ -67,6 +68,11 @@ class Writer:
             texts += self._speak(full, seed=start)[: len(some)]
         return texts
 
+    def check(self, prompts):
+        """Raise Mistake for prompts, lists of ids, that no answer can be written after."""
+        if prompts:
+            self._generator.longest(prompts)
+
     def answer(self, turns, *, seed=0, show=None):
         """The assistant's answer to turns. show: called with each piece of it, as it is written.
         Raises Mistake where the style has no place for such turns."""
@@ -92,17 +98,22 @@ class Writer:
 
 
 def _turns(example, row):
+    where = f"example {row}"
     if isinstance(example, str):
-        return (Turn("user", example),)
+        example = {"text": example}
+    if not isinstance(example, dict):
+        raise Mistake(f"{where} is no text, and no object with one: {example!r:.80}")
     if "messages" in example:
-        return dialogs.turns_of(example["messages"], f"example {row}", "messages", answered=False)
-    column = next((name for name in QUESTIONS if isinstance(example.get(name), str)), None)
+        return dialogs.turns_of(example["messages"], where, "messages", answered=False)
+    column = next((name for name in QUESTIONS if example.get(name) is not None), None)
     if column is None:
-        raise Mistake(
-            f"example {row} has none of messages, {', '.join(QUESTIONS)}: {example!r:.80}"
-        )
+        raise Mistake(f"{where} has none of messages, {', '.join(QUESTIONS)}: {example!r:.80}")
     more = example.get("input") if column == "instruction" else None
-    return (Turn("user", "\n\n".join(filter(None, (example[column], more)))),)
+    parts = {column: example[column]} | ({"input": more} if more else {})
+    for name, part in parts.items():
+        if reason := wrong_text(part):
+            raise Mistake(f"{where}: {name!r} {reason}")
+    return (Turn("user", "\n\n".join(parts.values())),)
 
 
 def load(base, *, adapter=None, quantize=None, **how):
@@ -120,6 +131,14 @@ def load(base, *, adapter=None, quantize=None, **how):
     style = read_style(adapter or model.folder, models.tokenizer(model))
     how = {"methods": methods, "columns": generate.power} | how
     return Writer(apply, variables, model, style, **how)
+
+
+def is_for(card, base):
+    """Is the adapter of a `files.Card` one of a language model? PEFT's need not say so: then its
+    base does."""
+    if card.task_type is None and card.outputs is None:
+        return models.speaks(models.locate(base))
+    return card.task_type == files.LANGUAGE[0]
 
 
 # --- what a run shows and leaves -------------------------------------------------------------

@@ -13,7 +13,7 @@ def get_config():
     config.seed = 0  # one key for initialisation, data order, dropout
 
     config.model = model = ConfigDict()
-    model.name = "minilm"  # minilm, a Hugging Face directory, or a Hub id
+    model.name = "minilm"  # minilm, smollm2, ..., a Hugging Face directory, a file, or a Hub id
     model.dtype = placeholder(str)  # compute dtype; None: bfloat16 on TPU and GPU, float32 on CPU
     model.remat = "none"  # none, block: recompute each block in the backward pass
     model.quantize = placeholder(str)  # nf4, int8, int4: how frozen dense kernels of the stack lie
@@ -27,7 +27,7 @@ def get_config():
     task.name = "text_classification"  # a file of bmft/tasks/; further keys are its make's
 
     config.data = data = ConfigDict()
-    data.name = "tweets"  # tweets, files, glue/<task>, digits, npz, folders, tfds:<name>, hub:<id>
+    data.name = "tweets"  # tweets, instruct, files, digits, npz, folders, glue/*, tfds:*, hub:*
     data.dir = placeholder(str)  # where TFDS, a copy of a Hub data set, or folders of images lie
     data.train = placeholder(str)  # CSV, TSV, JSON(L), Parquet by ending; of images .npz, a folder
     data.validation = placeholder(str)

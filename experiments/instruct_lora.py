@@ -59,6 +59,7 @@ def main(argv):
     how["rows"] = writing.rows_at_a_time(config, sharding.rows(mesh))
     how |= {"methods": methods, "put": sharding.put_everywhere(mesh)}
     writer = writing.Writer(fit.apply, None, model, style, **how)
+    writer.check(samples.prompts)
 
     def assess(state, frozen, split, stop=lambda: False):
         variables = train.variables(state, frozen)

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_dialogs
 from safetensors.numpy import load_file, save_file
 from trained import LABELS, Trained
 
-from bmft import adapters, models, predict, tree
+from bmft import adapters, models, predict, tree, writing
+from bmft.data import chat
 from bmft.errors import command
 from bmft.models import weights
 from bmft.peft import files
@@ -218,3 +220,54 @@ def test_mistakes_are_one_line(capsys, base, adapter, lora, tmp_path):
     tensors = load_file(f"{lora}/adapter_model.safetensors")
     save_file(dict(list(tensors.items())[1:]), f"{other}/adapter_model.safetensors")
     assert run(capsys, "merge", "--adapter", other, *out)[0] == 2
+
+
+# --- of a language model ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """(the folder of a tiny llama, {rank: that of a LoRA on it})"""
+    base = tiny_dialogs.model(tmp_path_factory.mktemp("llama"))
+    model = models.find(str(base))
+    params = weights.load(model, jax.random.key(0)).params
+    about = {"base": str(base), "fingerprint": weights.fingerprint(model), "labels": None}
+    made = {}
+    for rank, targets in ((3, ("q_proj", "mlp.down")), (2, ("q_proj",))):
+        lora = {"rank": rank, "alpha": 7.0, "targets": targets}
+        trained = Trained(model, params, {"lora": lora}, size=0.1)
+        made[rank] = str(trained.write(tmp_path_factory.mktemp("adapter"), **about))
+        style = writing.Beside(models.tokenizer(model), chat.Style("plain", " "))
+        style.save_pretrained(made[rank])
+    return base, made
+
+
+def test_adapters_of_a_language_model(capsys, spoken, tmp_path):
+    base, lora = spoken
+    merged, back, cut, both = (tmp_path / name for name in ("merged", "back", "cut", "both"))
+    out = succeed(capsys, "show", lora[3])
+    assert re.search(r"head +its base's", out) and re.search(r"task_type +CAUSAL_LM", out)
+    assert "model.layers.{}.self_attn.q_proj" in row_of(out, "q_proj")
+    out = succeed(capsys, "merge", "--adapter", lora[3], "--output", merged)
+    assert float(re.search(r"relative (\S+)", out)[1]) < 1e-5
+    settings = json.loads((merged / "config.json").read_text())
+    assert settings["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((merged / writing.STYLE).read_text())["template"] == "plain"
+    undo = ("merge", "--undo", "--adapter", lora[3], "--base", merged, "--output", back)
+    assert float(re.search(r"differ by (\S+) ", succeed(capsys, *undo))[1]) < 1e-6
+    found, want = load_file(back / "model.safetensors"), load_file(base / "model.safetensors")
+    assert found.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(found[name], want[name], atol=1e-6)
+    tuned = ("convert", "--rank", 3, "--from", merged, "--base", base, "--output", cut)
+    out = succeed(capsys, *tuned)
+    assert float(re.search(r"relative error (\S+) against", out)[1]) < 1e-5
+    assert files.card(cut).task_type == "CAUSAL_LM"
+    assert json.loads((cut / writing.STYLE).read_text())["template"] == "plain"
+    config = files.Path(lora[2]) / files.CONFIG  # PEFT's need not say what they are for
+    config.write_text(config.read_text().replace('"CAUSAL_LM"', "null"))
+    added = ("--adapter", f"{lora[3]}:0.5", "--adapter", f"{lora[2]}:2", "--output", both)
+    out = succeed(capsys, "combine", "--how", "cat", *added)
+    assert float(re.search(r"relative error (\S+) against", out)[1]) < 1e-6
+    q, a = "base_model.model.model.layers.0.self_attn.q_proj", "lora_A.weight"
+    assert len(load_file(both / "adapter_model.safetensors")[f"{q}.{a}"]) == 5

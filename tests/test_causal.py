@@ -254,6 +254,21 @@ def test_what_is_no_language_model(tmp_path):
         models.find(str(tmp_path), outputs=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "architectures", "speaks"),
+    [
+        ("llama", ["LlamaForCausalLM"], True),
+        ("llama", None, True),
+        ("llama", ["LlamaForSequenceClassification"], False),
+        ("gpt2", ["GPT2LMHeadModel"], True),
+    ],
+)
+def test_who_speaks(tmp_path, name, architectures, speaks):
+    settings = tiny_causal.CONFIGS[name] | {"architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert models.speaks(tmp_path) == speaks
+
+
 def test_rotary_frequencies():
     """Worked by hand: 4 pairs, theta 16: waves of 2 pi times 1, 2, 4, 8."""
     plain = {"rope_type": "default", "rope_theta": 16.0}

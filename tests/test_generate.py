@@ -71,7 +71,14 @@ def test_a_penalty_moves_scores_down():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.5), ("repetition_penalty", 0)],
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("repetition_penalty", 0),
+    ],
 )
 def test_values_out_of_range(field, value):
     with pytest.raises(Mistake, match=f"{field} is {value}; it must be"):

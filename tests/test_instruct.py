@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import bmft
 from bmft import chat, prepare, writing
-from bmft.errors import command
+from bmft.errors import Mistake, command
 from experiments import instruct_lora
 
 
@@ -97,6 +97,14 @@ def test_a_run_answers_as_it_did_at_its_end(finished):
     found = writer.predict(["one?", {"messages": [{"role": "user", "content": "What is two?"}]}])
     for one, sample in zip(found, samples, strict=True):
         assert one["answer"] == sample["after"]
+    for wrong, says in (
+        (("one?", "two?"), "example 0 is no text, and no object with one"),
+        ({"instruction": "one?", "input": 2}, "example 0: 'input' is a int"),
+        ("\ud83d", "example 0: 'text' holds half of a surrogate pair"),
+        ({"query": "one?"}, "example 0 has none of messages, prompt, instruction"),
+    ):
+        with pytest.raises(Mistake, match=says):
+            writer.predict([wrong])
 
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel"])
@@ -130,6 +138,25 @@ def test_a_conversation(finished, capsys):
     assert printed[-1].endswith("/new begins anew")
 
 
+class Interrupted:
+    """A writer whose first answer is stopped by Ctrl-C."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answer(self, turns, *, seed, show):
+        self.asked.append([turn.content for turn in turns])
+        if len(self.asked) == 1:
+            raise KeyboardInterrupt
+        return "No."
+
+
+def test_an_answer_that_is_stopped_is_forgotten():
+    writer = Interrupted()
+    chat.converse(writer, ["one?", "two?", "short?"])
+    assert writer.asked == [["one?"], ["two?"], ["two?", "No.", "short?"]]
+
+
 def test_preferences_on_a_quantized_base(folder, finished):
     data = tiny_dialogs.data(folder / "pairs", pairs=True)
     given = [*tiny_dialogs.arguments(folder / "model", data), f"--workdir={folder / 'dpo'}"]
@@ -143,13 +170,18 @@ def test_preferences_on_a_quantized_base(folder, finished):
 
 WRONG = {
     "an encoder": (["--config.model.name=BERT"], "there is no language model here"),
-    "no pairs": (["--config.task.name=preference"], "fits no format"),
+    "no pairs": (["--config.task.name=preference"], "it does fit messages: task.name=causal_lm"),
+    "pairs alone": (["PAIRS"], "it does fit preference: task.name=preference"),
     "tweets": (["--config.data.name=tweets"], "data.name='tweets' has labels, no answers"),
     "data": (["--config.data.name=instrukt"], "did you mean 'instruct'?"),
     "format": (["--config.data.format=alpaca"], "no column 'instruction'"),
+    "task": (["--config.task.name=text_classification"], "but causal_lm, preference"),
+    "probe": (["--config.peft.methods=linear_probe"], "has no head of a task"),
+    "head": (["--config.optim.head_learning_rate=0.1"], "has no head of a task"),
     "sampling": (["--config.generate.top_p=1.5"], "top_p is 1.5; it must be above 0"),
     "tokens": (["--config.generate.tokens=0"], "generate.tokens=0: needs at least 1"),
     "examples": (["--config.data.max_eval_examples=0"], "max_eval_examples=0: needs at least 1"),
+    "separator": (["--config.task.separator=:"], "is not read with task.template=chat"),
     "measure": (["--config.task.measures=blue"], "did you mean 'bleu'?"),
     "moves": (
         ["--config.peft.methods=full", "--config.task.name=preference", "PAIRS"],
@@ -158,6 +190,8 @@ WRONG = {
     "template": (["--config.model.name=BARE"], "has no chat template: set task.template=plain"),
     "length": (["--config.data.max_length=4"], "leaves no example with anything to learn"),
     "room": (["--config.generate.tokens=500"], "more than the 128"),
+    "vocabulary": (["--config.model.name=FEWER"], "but the model embeds only 0 to 19"),
+    "quantize": (["--config.model.quantize=nf5"], "did you mean 'nf4'?"),
 }
 
 
@@ -167,7 +201,10 @@ def places(folder, arguments):
     bert = tiny.directory(folder / "bert")
     bare = tiny_dialogs.model(folder / "bare", template=None)
     pairs = tiny_dialogs.data(folder / "pairs", pairs=True)
-    return {"BERT": str(bert), "BARE": str(bare), "PAIRS": pairs}
+    fewer = tiny_causal.directory(
+        tiny_dialogs.model(folder / "fewer"), vocab_size=20, max_position_embeddings=128
+    )
+    return {"BERT": str(bert), "BARE": str(bare), "FEWER": str(fewer), "PAIRS": pairs}
 
 
 @pytest.mark.parametrize(("more", "says"), WRONG.values(), ids=WRONG)
@@ -177,7 +214,7 @@ def test_mistakes(arguments, places, tmp_path, capsys, more, says):
         key, _, value = argument.partition("=")
         for one in places["PAIRS"] if key == "PAIRS" else [f"{key}={places.get(value, value)}"]:
             given[one.partition("=")[0]] = one
-    if "full" in more[0]:
+    if "peft.methods" in more[0]:
         given.pop("--config.peft.lora.rank")
     if "=tweets" in more[0] or "=instrukt" in more[0]:
         given = {key: one for key, one in given.items() if "data" not in one or key in more[0]}

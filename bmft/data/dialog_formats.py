@@ -77,7 +77,7 @@ def find(columns, source, format=None, pairs=False, column="text"):
             need = "preference pairs" if pairs else "no preference pairs"
             raise Mistake(f"data.format={format!r}: the task takes {need}: {', '.join(eligible)}")
         return format
-    fits = [name for name in eligible if set(FORMATS[name].columns) <= set(columns)]
+    fits = [name for name in eligible if _fits(name, columns)]
     structured = [name for name in fits if name != "text"]
     if len(structured) > 1:
         raise Mistake(
@@ -87,8 +87,18 @@ def find(columns, source, format=None, pairs=False, column="text"):
         return structured[0]
     if column in columns and not pairs:
         return "text"
-    known = (f"{name} ({', '.join(FORMATS[name].columns)})" for name in eligible)
-    raise Mistake(f"{source} fits no format; {_has(columns)}; formats: {'; '.join(known)}")
+    needs = {name: FORMATS[name].columns for name in eligible}
+    needs |= {} if pairs else {"text": (column,)}
+    known = "; ".join(f"{name} ({', '.join(need)})" for name, need in needs.items())
+    # What the other task reads is no foreign file.
+    found = [name for name in FORMATS if name not in (*eligible, "text") and _fits(name, columns)]
+    task = "causal_lm" if pairs else "preference"
+    hint = f"; it does fit {found[0]}: task.name={task}" if found else ""
+    raise Mistake(f"{source} fits no format; {_has(columns)}; formats: {known}{hint}")
+
+
+def _fits(name, columns):
+    return set(FORMATS[name].columns) <= set(columns)
 
 
 def _has(columns):

@@ -168,6 +168,16 @@ def read_json(folder):
         raise Mistake(f"{path}: {error}") from None
 
 
+def speaks(folder):
+    """Is this the directory, or the file, of a language model? By the `architectures` of its
+    config.json; where that names none, by whether there is a classifier of its architecture."""
+    settings = read_json(folder)
+    named = settings.get("architectures")
+    if named:
+        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
+    return not hasattr(_architecture(settings["model_type"], folder), "Classifier")
+
+
 def _gguf_json(path):
     from transformers import CONFIG_MAPPING
 
@@ -218,6 +228,16 @@ def tokenizer(model):
         return AutoTokenizer.from_pretrained(model.folder)
     except Exception as error:  # noqa: BLE001 - transformers raises OSError, ValueError and others
         raise Mistake(f"no usable tokenizer in {str(model.folder)!r}: {error}") from None
+
+
+def check_ids(highest, model):
+    """Raise Mistake for a token that the model has no embedding of: JAX would take its last one."""
+    rows = model.config.vocabulary
+    if highest >= rows:
+        raise Mistake(
+            f"the tokenizer of {model.name} has made the token {highest}, but the model embeds "
+            f"only 0 to {rows - 1}: tokens were added to the one and not to the other"
+        )
 
 
 def _files():

@@ -1,6 +1,7 @@
 """Tasks: what an example's loss is, how a split is measured, what a prediction looks like.
 
-One file a task, found by its name; a file with a function `make` is one.
+One file a task, found by its name; a file with a function `make` is one. `EXAMPLES` in it is the
+type of the splits it learns from.
 """
 
 import importlib

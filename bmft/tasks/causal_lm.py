@@ -16,10 +16,12 @@ import numpy as np
 
 from bmft.data import chat, dialog_text
 from bmft.data.dialog_formats import FORMATS
+from bmft.data.dialogs import Dialogs
 from bmft.errors import Mistake
 from bmft.tasks import Task
 from bmft.tasks import answers as written
 
+EXAMPLES = Dialogs
 NAMES = {"loss": "min", "perplexity": "min"}
 
 

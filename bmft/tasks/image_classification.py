@@ -31,10 +31,12 @@ import numpy as np
 import sklearn.metrics
 
 from bmft import augment
+from bmft.data.image_table import ImageTable
 from bmft.errors import Mistake, nearest
 from bmft.run import write_whole
 from bmft.tasks import Task, classes
 
+EXAMPLES = ImageTable
 CROPS = ("none", "pad", "resized")
 STANDARDIZE = ("model", "image", "dataset")
 STREAM = 1000  # of the step's key; the model's own streams (dropout, ...) are 0, 1, 2, ...

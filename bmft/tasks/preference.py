@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmft.data import chat
+from bmft.data.dialogs import Dialogs
 from bmft.errors import Mistake, nearest
 from bmft.tasks import Task
 from bmft.tasks.causal_lm import by_segment, readers, show, style_of
 
+EXAMPLES = Dialogs
 METHODS = ("dpo", "ipo", "simpo")
 NAMES = {"accuracy": "max", "margin": "max", "chosen": "max", "rejected": "min", "loss": "min"}
 

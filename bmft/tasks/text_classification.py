@@ -14,9 +14,11 @@ import scipy.stats
 import sklearn.metrics
 
 from bmft.data import glue
+from bmft.data.table import Table
 from bmft.errors import Mistake
 from bmft.tasks import Task, classes
 
+EXAMPLES = Table
 MOST_CLASSES = (
     1000  # more are hardly classes but a wrong column, unless the source or task.labels names them
 )
