@@ -6,8 +6,8 @@ values, two compiled programs (the prompts at once, then some tokens a call).
 
 Shapes: b prompts, t columns of the longest prompt, s columns of the cache, n tokens to be made,
 v vocabulary. How a token is chosen are pure functions of scores [b, v], as transformers has them
-and in its order: n-grams, repetition penalty, temperature, top-k, top-p, min-p. With beams, whole
-texts are: bmft/beams.py.
+and in its order: repetition penalty, n-grams, temperature, top-k, top-p, min-p. With beams, whole
+texts are chosen: bmft/beams.py.
 """
 
 import copy
@@ -34,10 +34,8 @@ class Sampling(NamedTuple):
     top_p: float = 1.0  # of the fewest that have so much probability together
     min_p: float = 0.0  # of those that have so much of the likeliest one's probability
     repetition_penalty: float = 1.0  # Keskar et al. 2019 (arXiv:1909.05858), of the prompt, too
-    no_repeat_ngram: int = 0  # as many tokens in a row never come again; 0: they may
-    ngrams_of: str = (
-        "text"  # text: those of the prompt neither, as transformers has it; answer: they may
-    )
+    no_repeat_ngram: int = 0  # so many tokens in a row never come again; 0: they may
+    ngrams_of: str = "text"  # text: the prompt's neither, as in transformers; answer: its own alone
     beams: int = 1  # texts that are followed, of which the best is the answer; bmft/beams.py
     length_penalty: float = 1.0  # of beams: scores are over the tokens to this power
 
@@ -54,9 +52,7 @@ class State(NamedTuple):
     done: Any  # bool [b]
     seen: Any  # bool [b, v]: tokens of the text so far; None without a repetition penalty
     key: Any
-    text: Any = (
-        None  # int32 [b, s]: of what n-grams are not to be repeated, else -1; None: of nothing
-    )
+    text: Any = None  # int32 [b, s]: what is not to be repeated, else -1; None: all may be
 
 
 # --- how a token is chosen ---------------------------------------------------------------------

@@ -12,17 +12,17 @@ from bmft import generate, models, peft
 from bmft.generate import Sampling
 from bmft.models import weights
 
-PROMPTS = tiny_causal.texts((7, 1, 12, 4), seed=3)
+PROMPTS = tiny_causal.texts((7, 1, 12), seed=3)
 PROMPTS[0] += PROMPTS[0][:3]  # it holds n-grams itself
-TOKENS, SEEDS = 16, (0, 1, 2)
-MANY = (2, 7, 11, 19, 23, 31, 40)  # some texts are over early
+TOKENS, SEEDS = 12, (0, 1)
 # (how, ends)
 CASES = {
     "greedy": (Sampling(no_repeat_ngram=2), (2,)),
-    "plain": (Sampling(beams=3), (2,)),
-    "e2e": (Sampling(beams=10, length_penalty=0.8, no_repeat_ngram=4, ngrams_of="answer"), MANY),
-    "short": (Sampling(beams=2, length_penalty=-1.0, no_repeat_ngram=2), MANY),
-    "long": (Sampling(beams=4, length_penalty=2.0, repetition_penalty=1.2), MANY),
+    "e2e": (Sampling(beams=5, length_penalty=0.8, no_repeat_ngram=2, ngrams_of="answer"), (2, 7)),
+    "long": (
+        Sampling(beams=4, length_penalty=2.0, repetition_penalty=1.2),
+        (2, 7, 11, 19, 23, 31, 40),
+    ),
 }
 
 
@@ -75,4 +75,4 @@ def test_texts_are_theirs(pairs, case):
         *_, texts = generator.with_variables(variables)(PROMPTS, how)
         assert texts == want
         lengths |= set(map(len, want))
-    assert len(lengths) > 1 or ends == (2,)  # some were over before the others
+    assert len(lengths) > 1 or how.beams == 1  # some were over before the others
