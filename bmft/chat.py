@@ -13,7 +13,7 @@ import argparse
 import itertools
 import sys
 
-from bmft import predict, writing
+from bmft import generate, predict, writing
 from bmft.data.dialogs import Turn
 from bmft.errors import Mistake, Parser, command
 from bmft.generate import LIKELIEST, Sampling
@@ -41,6 +41,7 @@ def main(argv):
 
 def _writer(options):
     sampling = Sampling(**{name: getattr(options, name) for name in Sampling._fields})
+    generate.check(sampling, shown=True)
     how = {"tokens": options.tokens, "sampling": sampling}
     if options.adapter:
         files.card(options.adapter)  # a run or a model in its place is a mistake

@@ -6,7 +6,8 @@ values, two compiled programs (the prompts at once, then some tokens a call).
 
 Shapes: b prompts, t columns of the longest prompt, s columns of the cache, n tokens to be made,
 v vocabulary. How a token is chosen are pure functions of scores [b, v], as transformers has them
-and in its order: repetition penalty, temperature, top-k, top-p, min-p.
+and in its order: repetition penalty, n-grams, temperature, top-k, top-p, min-p. With beams, whole
+texts are chosen: bmft/beams.py.
 """
 
 import copy
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import evaluate, models, peft
-from bmft.errors import Mistake
+from bmft import beams, evaluate, models, peft
+from bmft.errors import Mistake, nearest
 from bmft.models import causal
 
 ROUND = 32  # the fewest columns
 NEVER = -jnp.inf
+NGRAMS_OF = ("text", "answer")
 
 
 class Sampling(NamedTuple):
@@ -32,6 +34,10 @@ class Sampling(NamedTuple):
     top_p: float = 1.0  # of the fewest that have so much probability together
     min_p: float = 0.0  # of those that have so much of the likeliest one's probability
     repetition_penalty: float = 1.0  # Keskar et al. 2019 (arXiv:1909.05858), of the prompt, too
+    no_repeat_ngram: int = 0  # so many tokens in a row never come again; 0: they may
+    ngrams_of: str = "text"  # text: the prompt's neither, as in transformers; answer: its own alone
+    beams: int = 1  # texts that are followed, of which the best is the answer; bmft/beams.py
+    length_penalty: float = 1.0  # of beams: scores are over the tokens to this power
 
 
 LIKELIEST = Sampling()
@@ -46,6 +52,7 @@ class State(NamedTuple):
     done: Any  # bool [b]
     seen: Any  # bool [b, v]: tokens of the text so far; None without a repetition penalty
     keys: Any  # [b]
+    text: Any = None  # int32 [b, s]: what is not to be repeated, else -1; None: all may be
 
 
 # --- how a token is chosen ---------------------------------------------------------------------
@@ -76,6 +83,28 @@ def min_p(scores, p):
     return jnp.where(chances < p * chances.max(-1, keepdims=True), NEVER, scores)
 
 
+def repeating(text, lengths, size, words):
+    """bool [b, words]: the tokens behind `lengths` [b] that would end as many tokens in a row as
+    text [b, s] has already; -1 is no token."""
+    columns = lengths[:, None] - size + 1 + jnp.arange(size - 1)
+    last = jnp.take_along_axis(text, columns, 1)
+    after = text[:, size - 1 :]
+    same = (after >= 0) & ((columns >= 0) & (last >= 0)).all(-1, keepdims=True)
+    for i in range(size - 1):
+        same &= text[:, i : i + after.shape[1]] == last[:, i : i + 1]
+    rows = jnp.arange(len(text))[:, None]
+    found = jnp.where(same, after, words)
+    return jnp.zeros((len(text), words), bool).at[rows, found].set(True, mode="drop")
+
+
+def unrepeated(scores, text, lengths, sampling):
+    """Scores without the tokens that would repeat an n-gram of the text."""
+    if not sampling.no_repeat_ngram:
+        return scores
+    out = repeating(text, lengths, sampling.no_repeat_ngram, scores.shape[-1])
+    return jnp.where(out, NEVER, scores)
+
+
 def chosen(scores, seen, sampling, keys):
     """int32 [b]: a token a row, each by its own of the keys [b]."""
     how = sampling
@@ -93,14 +122,16 @@ def chosen(scores, seen, sampling, keys):
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
-def check(sampling):
-    """Raises Mistake for a value out of range."""
+def check(sampling, shown=False):
+    """Raises Mistake for a value out of range. shown: texts are, as they grow."""
     bounds = {
         "temperature": (0, None),
         "top_k": (0, None),
         "top_p": (0, 1),
         "min_p": (0, 1),
         "repetition_penalty": (0, None),
+        "no_repeat_ngram": (0, None),
+        "beams": (1, None),
     }
     for field, (low, high) in bounds.items():
         value, open_below = getattr(sampling, field), field in ("top_p", "repetition_penalty")
@@ -109,6 +140,14 @@ def check(sampling):
             least = f"above {low}" if open_below else f"{low} or more"
             most = "" if high is None else f", and at most {high}"
             raise Mistake(f"{field} is {value}; it must be {least}{most}")
+    if sampling.ngrams_of not in NGRAMS_OF:
+        raise Mistake(f"ngrams_of={sampling.ngrams_of!r}; {nearest(sampling.ngrams_of, NGRAMS_OF)}")
+    if sampling.beams > 1 and sampling.temperature > 0:
+        how = f"beams={sampling.beams} and temperature={sampling.temperature}"
+        raise Mistake(f"{how}: beams leave nothing to chance; set beams=1 or temperature=0")
+    if sampling.beams > 1 and shown:
+        how = f"beams={sampling.beams}: which text is the best is known at its end"
+        raise Mistake(f"{how}, so none is shown as it is written; set beams=1")
 
 
 # --- the loop ----------------------------------------------------------------------------------
@@ -141,7 +180,8 @@ class Generator:
         self._virtual = list(peft.virtual_ids(methods, model))
         self._room = peft.room(methods, model)
         self._dtype, self._columns, self._put = model.module.dtype, columns, put
-        self._begin = jax.jit(self._prefill, static_argnames=("penalty", "columns"))
+        self._begin = jax.jit(self._prefill, static_argnames=("penalty", "columns", "ngrams"))
+        self._search = jax.jit(self._beams, static_argnames=("sampling",))
         # The cache is written in place.
         self._advance = jax.jit(self._decode, static_argnames=("sampling",), donate_argnums=1)
 
@@ -155,9 +195,9 @@ class Generator:
         """Yields the new ids of each prompt so far, [[id, ...], ...], until all texts are over.
 
         over: asked with the same lists, gives bool [b]: texts that are over for another reason (a
-        stop string). more: arrays that the batch has beside the tokens (`adapters` [b, 1] of
-        bmft.peft.several). Row i draws by seed + i alone, whatever the others are. Raises Mistake
-        for prompts that are empty or leave no room.
+        stop string); of beams, at their end alone. more: arrays that the batch has beside the
+        tokens (`adapters` [b, 1] of bmft.peft.several). Row i draws by seed + i alone, whatever the
+        others are. Raises Mistake for prompts that are empty or leave no room.
         """
         check(sampling)
         ids, lengths, columns = self._padded(prompts)
@@ -165,7 +205,15 @@ class Generator:
         batch = self._put({"ids": ids, "lengths": lengths, "seeds": seeds})
         more = self._put(more or {})
         about = {"penalty": sampling.repetition_penalty != 1.0, "columns": columns}
+        about["ngrams"] = sampling.ngrams_of if sampling.no_repeat_ngram else None
         state = self._begin(self._variables, more, **batch, **about)
+        if sampling.beams > 1:
+            best = evaluate.gather(self._search(self._variables, state, more, sampling=sampling))
+            texts = [[int(token) for token in row if token >= 0] for row in best]
+            if over is not None:
+                over(texts)
+            yield texts
+            return
         texts, made, done = [[] for _ in prompts], 0, np.zeros(len(prompts), bool)
         while made < self._tokens and not done.all():
             burst, state = self._advance(self._variables, state, more, sampling=sampling)
@@ -202,8 +250,9 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         return ids, lengths, self._columns(longest + self._tokens)
 
-    def _prefill(self, variables, more, ids, lengths, seeds, penalty, columns):
+    def _prefill(self, variables, more, ids, lengths, seeds, penalty, columns, ngrams):
         cache = causal.empty_cache(self._model.config, len(ids), columns, self._dtype)
+        text = jnp.full((len(ids), columns), -1, jnp.int32) if ngrams else None
         columns = jnp.arange(ids.shape[1])
         real = columns < lengths[:, None]
         batch = {
@@ -220,14 +269,17 @@ class Generator:
             outside = jnp.where(real, ids, seen.shape[1])  # padding, as virtual tokens
             seen = seen.at[rows, outside].set(True, mode="drop")
         keys = jax.vmap(jax.random.key)(seeds)
-        return State(cache, scores[:, 0], lengths, jnp.zeros(len(ids), bool), seen, keys)
+        if ngrams == "text":
+            text = text.at[:, : ids.shape[1]].set(jnp.where(real, ids, -1))
+        return State(cache, scores[:, 0], lengths, jnp.zeros(len(ids), bool), seen, keys, text)
 
     def _decode(self, variables, state, more, sampling):
         """(tokens [burst, b], -1 where a text was over, the state behind them)."""
 
         def step(state, _):
             keys, own = jax.vmap(jax.random.split, out_axes=1)(state.keys)
-            token = chosen(state.scores, state.seen, sampling, own)
+            scores = unrepeated(state.scores, state.text, state.lengths, sampling)
+            token = chosen(scores, state.seen, sampling, own)
             shown = jnp.where(state.done, -1, token)
             over = jnp.isin(token, jnp.array(self._ends, jnp.int32)) if self._ends else False
             batch = {
@@ -237,14 +289,34 @@ class Generator:
                 "cache": state.cache,
             }
             scores, cache = self._apply(variables, batch | more)
-            seen = state.seen
+            seen, text, rows = state.seen, state.text, jnp.arange(len(token))
             if seen is not None:
-                seen = seen.at[jnp.arange(len(token)), token].set(True)
+                seen = seen.at[rows, token].set(True)
+            if text is not None:
+                text = text.at[rows, state.lengths].set(shown, mode="drop")
             lengths = state.lengths + ~state.done
-            return State(cache, scores[:, 0], lengths, state.done | over, seen, keys), shown
+            return State(cache, scores[:, 0], lengths, state.done | over, seen, keys, text), shown
 
         state, tokens = jax.lax.scan(step, state, length=self._burst)
         return tokens, state
+
+    def _beams(self, variables, state, more, sampling):
+        """int32 [b, n]: the best texts, -1 behind their ends."""
+        more = jax.tree.map(lambda rows: jnp.repeat(rows, sampling.beams, 0), more)
+
+        def ahead(tokens, columns, cache):
+            batch = {"input_ids": tokens[:, None], "positions": columns[:, None], "cache": cache}
+            batch["segments"] = jnp.ones_like(batch["input_ids"])
+            scores, cache = self._apply(variables, batch | more)
+            return scores[:, 0], cache
+
+        def adjusted(scores, text, lengths, seen):
+            if seen is not None:
+                scores = penalised(scores, seen, sampling.repetition_penalty)
+            return unrepeated(scores, text, lengths, sampling)
+
+        how = {"beams": sampling.beams, "length_penalty": sampling.length_penalty}
+        return beams.search(ahead, adjusted, state, tokens=self._tokens, ends=self._ends, **how)
 
 
 # --- texts -------------------------------------------------------------------------------------
@@ -262,6 +334,7 @@ def speak(generator, tokenizer, prompts, sampling=LIKELIEST, *, stops=(), show=N
     prompts: lists of ids. stops: strings before which a text ends. show(row, new text): called as
     it grows; a text that may be the beginning of a stop string, or of a character, is held back.
     """
+    check(sampling, shown=show is not None)
     shown, texts = [0] * len(prompts), [("", False)] * len(prompts)
 
     def read(lists):

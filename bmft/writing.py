@@ -201,8 +201,9 @@ def settings(group):
 
 
 def rows_at_a_time(config, multiple):
-    """How many prompts of a config are answered together; multiple: of the devices."""
-    most = config.eval.batch_size
+    """How many prompts of a config are answered together; multiple: of the devices. Each beam is
+    a row."""
+    most = config.eval.batch_size // config.generate.beams
     return -(-max(min(most, config.generate.prompts or most), 1) // multiple) * multiple
 
 

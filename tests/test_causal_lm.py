@@ -41,7 +41,11 @@ def apply(variables, batch, *, train=False, key=None, adapter=True, seen=None):
 
     What stands where nothing is predicted must not count, so it is not a number here."""
     weights = variables["params"] + (variables["peft"] if adapter else 0.0)
-    log_p = jax.nn.log_softmax(weights)[batch["input_ids"], batch["targets"]]
+    log_p = jax.nn.log_softmax(weights)[batch["input_ids"]]
+    if "smoothing" in batch:
+        share = batch["smoothing"]
+        log_p = (1 - share) * log_p + share * log_p.mean(-1, keepdims=True)
+    log_p = jnp.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
     return jnp.where(batch["targets"] >= 0, -log_p, jnp.nan if train else 0.0)
 
 
@@ -81,6 +85,22 @@ def test_the_loss_is_the_mean_over_learned_tokens():
     total, weight, seen = np.sum(sums, 0)
     assert (weight, seen) == (expected[:, 1].sum(), N)
     assert total == pytest.approx(-expected[:, 0].sum(), rel=1e-5)
+
+
+def test_the_loss_of_training_alone_is_smoothed():
+    encoded, task = examples(), causal_lm.make({}, label_smoothing=0.2)
+    bound = forward({"params": table(), "peft": table(2)})
+    both = jax.jit(lambda batch: (task.loss(bound, batch, None), task.outputs(bound, batch)))
+    found = [both(batch) for batch in batches(encoded, shuffle=False)]
+    plain = likelihoods(encoded, table() + table(2))[:, 0].sum()
+    weights, even = (table() + table(2)).astype(np.float64), 0.0
+    log_p = weights - np.log(np.exp(weights).sum(-1, keepdims=True))
+    for start, end in itertools.pairwise(encoded.offsets):
+        at = np.flatnonzero(encoded.learned[start + 1 : end]) + start
+        even += log_p[encoded.tokens[at]].mean(-1).sum()
+    total = sum(float(loss[0][0]) for loss, _ in found)
+    assert total == pytest.approx(-(0.8 * plain + 0.2 * even), rel=1e-5)
+    assert sum(out["nll"].sum() for _, out in found) == pytest.approx(-plain, rel=1e-5)
 
 
 def test_evaluation_is_by_example_and_its_means_by_token():
@@ -270,6 +290,7 @@ WRONG = {
     "measure": (causal_lm, {"measures": ("blue",)}, "no measure 'blue'; did you mean 'bleu'"),
     "template": (causal_lm, {"template": "chatml"}, "task.template='chatml'; did you mean 'chat'"),
     "separator": (causal_lm, {"separator": " "}, "task.separator=' ' is not read with task.templ"),
+    "smoothed": (causal_lm, {"label_smoothing": 1.0}, r"label_smoothing=1.0 is not in \[0, 1\)"),
     "answers": (causal_lm, {"answers": "first"}, "task.answers='first'; known: all, last"),
     "no pairs": (preference, {}, "examples holds no preference pairs"),
     "method": (preference, {"method": "ppo"}, "task.method='ppo'; did you mean"),

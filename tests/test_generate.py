@@ -85,6 +85,35 @@ def test_values_out_of_range(field, value):
         generate.check(Sampling(**{field: value}))
 
 
+@pytest.mark.parametrize(
+    ("sampling", "shown", "says"),
+    [
+        (Sampling(0.7, beams=2), False, "beams=2 and temperature=0.7: beams leave nothing to chan"),
+        (Sampling(beams=2), True, "none is shown as it is written; set beams=1"),
+        (Sampling(ngrams_of="answers"), False, "ngrams_of='answers'; did you mean 'answer'"),
+    ],
+)
+def test_what_does_not_go_together(sampling, shown, says):
+    with pytest.raises(Mistake, match=says):
+        generate.speak(None, None, [[1]], sampling, show=print if shown else None)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ngrams_that_would_come_again(size):
+    """Against a loop, on texts of two words of three, some of them shorter than an n-gram."""
+    rng, lengths = np.random.default_rng(0), np.array([0, 1, 2, 3, 7, 12, 12, 5])
+    texts = np.where(np.arange(12) < lengths[:, None], rng.integers(0, 2, (8, 12)), -1)
+    texts[-1, :3] = [-1, -1, 3]  # -1: it may be repeated; 3: there is no such word
+    run = tiny.hasty(generate.repeating, static_argnums=(2, 3))
+    out = np.asarray(run(texts, lengths, size, 3))
+    for text, length, found in zip(texts.tolist(), lengths, out, strict=True):
+        grams = [text[i : i + size] for i in range(12 - size + 1)]
+        last = text[:length][length - size + 1 :] if length >= size - 1 else [-1]
+        want = [-1 not in last and [*last, word] in grams for word in range(3)]
+        assert found.tolist() == want
+    assert out.any()
+
+
 # --- on a model ------------------------------------------------------------------------------
 
 

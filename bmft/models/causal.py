@@ -7,6 +7,8 @@ l layers, v vocabulary, e chosen columns. A batch:
 
     input_ids, segments, positions   int32 [b, t]; segments 0: nothing lies there
     targets                          int32 [b, t], -1: none; then the loss is what comes out
+    smoothing                        float32 []: the share of each target that is spread evenly over
+                                     the vocabulary (Szegedy et al. 2015, arXiv:1512.00567)
     at                               int32 [b, e]: the columns of which the logits come out
     cache                            {"keys", "values"} [l, b, s, g, k], which comes out again
 
@@ -193,7 +195,7 @@ def outputs(head, x_btd, batch, tables=(), *, cap=None, chunk=512):
     """
     if "targets" in batch:
         columns = max(chunk // len(x_btd), 1)
-        return _loss(head, x_btd, batch["targets"], tables, cap, columns)
+        return _loss(head, x_btd, batch["targets"], (tables, batch.get("smoothing")), cap, columns)
     if "at" in batch:
         x_btd = jnp.take_along_axis(x_btd, batch["at"][..., None], axis=1)
     return _logits(head, x_btd, tables, cap)
@@ -203,19 +205,21 @@ def _logits(head, x, tables, cap):
     return capped(head(x, *tables).astype(jnp.float32), cap)
 
 
-def _loss(head, x_btd, targets_bt, tables, cap, columns):
+def _loss(head, x_btd, targets_bt, given, cap, columns):
     """float32 [b, t]: the negative log-likelihood of the targets, 0 where there is none.
 
-    So many columns at a time, each of which is computed again for the gradient. The rows stay
-    together, since they may lie on different devices.
+    given: (the head's tables, the share of smoothing or None). So many columns at a time, each of
+    which is computed again for the gradient. The rows stay together, since they may lie on
+    different devices.
     """
     b, t = targets_bt.shape
     more = -t % columns
     x_btd = jnp.pad(x_btd, ((0, 0), (0, more), (0, 0)))
     targets_bt = jnp.pad(targets_bt, ((0, 0), (0, more)), constant_values=-1)
 
-    def chunk(head, carry, x, targets, tables):
-        return carry, _surprise(_logits(head, x, tables, cap), targets)
+    def chunk(head, carry, x, targets, given):
+        tables, smoothing = given
+        return carry, _surprise(_logits(head, x, tables, cap), targets, smoothing)
 
     scan = nn.scan(
         nn.remat(chunk, prevent_cse=False),
@@ -227,13 +231,18 @@ def _loss(head, x_btd, targets_bt, tables, cap, columns):
         array.reshape(b, -1, columns, *array.shape[2:]).swapaxes(0, 1)
         for array in (x_btd, targets_bt)
     )
-    each_cbt = scan(head, (), *pieces, tables)[1]
+    each_cbt = scan(head, (), *pieces, given)[1]
     return each_cbt.swapaxes(0, 1).reshape(b, -1)[:, :t]
 
 
-def _surprise(logits, targets):
-    """-log softmax(logits [..., v]) at the targets [...]; 0 where they are -1."""
+def _surprise(logits, targets, smoothing=None):
+    """-log softmax(logits [..., v]) at the targets [...]; 0 where they are -1. smoothing: the share
+    of it that is the mean over all v instead."""
     # A sum under a mask: XLA makes one pass of it, forward and back, whichever axis is split.
     picked = jnp.arange(logits.shape[-1]) == targets[..., None]
-    total = jax.nn.logsumexp(logits, -1) - jnp.where(picked, logits, 0).sum(-1)
+    if smoothing is None:
+        wanted = jnp.where(picked, logits, 0)
+    else:
+        wanted = (jnp.where(picked, 1 - smoothing, 0) + smoothing / logits.shape[-1]) * logits
+    total = jax.nn.logsumexp(logits, -1) - wanted.sum(-1)
     return jnp.where(targets < 0, 0.0, total)

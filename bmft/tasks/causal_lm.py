@@ -6,6 +6,8 @@
     measures    of bmft/tasks/answers.py, by which written answers are measured; None: as the format
                 says
     pattern     of exact_match: the regular expression of an answer; None: GSM8K's number
+    label_smoothing   the share of each target that is spread evenly over the vocabulary, in
+                training alone: nothing that is measured is smoothed
 
 What is learned of an example is decided when it is tokenized (bmft/data/dialog_text.py): a batch
 has `targets`, and forward gives their negative log-likelihood, 0 where there is none.
@@ -33,6 +35,7 @@ def make(
     answers: str = "all",
     measures: tuple[str, ...] | None = None,
     pattern: str | None = None,
+    label_smoothing: float = 0.0,
 ):
     """The `Task` of `{split: Dialogs}`, or of none. Raises Mistake for a key that cannot be."""
     for table in tables.values():
@@ -42,6 +45,8 @@ def make(
             dict.fromkeys(m for t in tables.values() for m in FORMATS[t.format].measures)
         )
     written.check(measures, pattern)
+    if not 0 <= label_smoothing < 1:
+        raise Mistake(f"task.label_smoothing={label_smoothing} is not in [0, 1)")
 
     encode, prompts = readers(template, separator, answers)
 
@@ -56,7 +61,7 @@ def make(
         metric=("loss", "min"),
         directions=NAMES,
         targets=lambda table: None,
-        loss=loss,
+        loss=loss(label_smoothing),
         outputs=outputs,
         metrics=lambda outputs, targets: metrics(**outputs),
         decode=lambda outputs: decode(**outputs),
@@ -115,11 +120,17 @@ def by_segment(values, segments, count):
     return jnp.where(own, values[..., None].astype(jnp.float32), 0.0).sum(1)
 
 
-def loss(forward, batch, key):
-    """(sum of the learned tokens' negative log-likelihoods, their number), {examples}."""
-    learned = batch["targets"] >= 0
-    nll = jnp.where(learned, forward(batch, train=True), 0.0)
-    return (nll.sum(), learned.sum(dtype=jnp.float32)), {"examples": batch["weights"].sum()}
+def loss(smoothing=0.0):
+    """The `Task.loss`: (sum of the learned tokens' negative log-likelihoods, their number),
+    {examples}."""
+    asked = {"smoothing": np.float32(smoothing)} if smoothing else {}
+
+    def of_batch(forward, batch, key):
+        learned = batch["targets"] >= 0
+        nll = jnp.where(learned, forward(batch | asked, train=True), 0.0)
+        return (nll.sum(), learned.sum(dtype=jnp.float32)), {"examples": batch["weights"].sum()}
+
+    return of_batch
 
 
 def outputs(forward, batch):

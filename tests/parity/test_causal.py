@@ -3,6 +3,7 @@
 import copy
 import json
 
+import flax.linen as nn
 import hugging
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import transformers
 from trained import Trained
 
 from bmft import export, models, peft, tree
-from bmft.models import weights
+from bmft.models import causal, weights
 from bmft.peft import files
 
 TEXTS = tiny_causal.texts()
@@ -164,3 +165,34 @@ def test_adapters_for_peft(saved, tmp_path, case):
     again = files.read(tmp_path, model).leaves
     for path, leaf in again.items():
         np.testing.assert_array_equal(leaf, tree.flatten(trained.variables)[path], err_msg=path)
+
+
+# --- the loss --------------------------------------------------------------------------------
+
+
+class Loss(nn.Module):
+    """The loss of logits, by a head that leaves them as they are."""
+
+    @nn.compact
+    def __call__(self, logits, batch):
+        one = np.eye(logits.shape[-1], dtype=np.float32)
+        return causal.outputs(causal.TiedHead(name="head"), logits, batch, (one,), chunk=16)
+
+
+def test_smoothed_loss():
+    """torch's, of which the loss of LoRA's repository is the mean (examples/NLG/src/model.py)."""
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(0, 3, (40, 19)).astype(np.float32), rng.integers(-1, 19, 40)
+    theirs = torch.nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1, reduction="none")
+    wanted = torch.tensor(logits, requires_grad=True)
+    value = theirs(wanted, torch.tensor(targets))
+    value.sum().backward()
+    batch = {"targets": np.int32(targets)[None], "smoothing": np.float32(0.1)}
+
+    def loss(logits):
+        each = Loss().apply({}, logits[None], batch)[0]
+        return each.sum(), each
+
+    (_, each), slope = tiny.hasty(jax.value_and_grad(loss, has_aux=True))(logits)
+    np.testing.assert_allclose(each, value.detach(), atol=1e-5)
+    np.testing.assert_allclose(slope, wanted.grad, atol=1e-6)
