@@ -283,6 +283,8 @@ def fit(config, model, methods, mesh, steps, shared=None):
     )
     below = peft.first_moving_piece(methods, labels, model.names)
     module = model.module.clone(frozen_below=below)
+    if model.names.head:
+        module = module.clone(frozen_head=peft.head_is_still(labels))
     apply = peft.attach(methods, model._replace(module=module)).apply
     moving, frozen = tree.split(variables, lambda path: path in labels)
     moving = jax.tree.map(jnp.copy, moving) if shared else moving

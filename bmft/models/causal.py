@@ -27,6 +27,7 @@ from bmft import layers
 from bmft.names import Leaf
 
 EVERYTHING = 2**31 - 1  # the window of a layer that has none
+BLOCK = 128  # queries that meet their keys together, at least
 
 
 class Sight(NamedTuple):
@@ -76,18 +77,35 @@ def remember(cache, layer, sight, keys, values):
     return cache, *(cache[name][layer].astype(new[name].dtype) for name in ("keys", "values"))
 
 
-def attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, *, scale, cap=None, drop=lambda weights: weights):
+def attend(
+    q_bthk, k_bsgk, v_bsgk, mask_b1ts, *, scale, cap=None, drop=lambda weights: weights, ahead=True
+):
     """[b, t, h k]: each head's mean of the values, by the softmax over the keys that are seen.
 
-    cap: scores lie softly between -cap and cap. drop: dropout of the weights.
+    cap: scores lie softly between -cap and cap. drop: dropout of the weights. ahead: a token may
+    see keys behind its own column, as those of a cache. If not, the last t keys are the tokens',
+    and `BLOCK` queries at a time, or a quarter of a long text, meet only the keys up to theirs.
     """
     b, t, h, k = q_bthk.shape
-    g = k_bsgk.shape[2]
+    s, g = k_bsgk.shape[1:3]
+    # Heads in front, so that each product is of matrices as they lie: three times as quick on a CPU
+    # as a product of [b, t, h, k], forward and back.
     q_btgrk = (q_bthk * scale).astype(q_bthk.dtype).reshape(b, t, g, h // g, k)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q_btgrk, k_bsgk).astype(jnp.float32)
-    scores = jnp.where(mask_b1ts[:, None], capped(scores, cap), jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores).astype(q_bthk.dtype))
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_bsgk).reshape(b, t, h * k)
+    q_bgrtk = q_btgrk.transpose(0, 2, 3, 1, 4)
+    k_bgsk, v_bgsk = (array.swapaxes(1, 2) for array in (k_bsgk, v_bsgk))
+    width, found = t if ahead else max(BLOCK, -(-t // 4)), []
+    for start in range(0, t, width):
+        end = min(start + width, t)
+        seen = s if ahead else s - t + end
+        q_bgqk = q_bgrtk[:, :, :, start:end].reshape(b, g, -1, k)
+        scores = jnp.einsum("bgqk,bgsk->bgqs", q_bgqk, k_bgsk[:, :, :seen]).astype(jnp.float32)
+        scores = capped(scores.reshape(b, g, h // g, end - start, seen), cap)
+        mask = mask_b1ts[:, None, :, start:end, :seen]
+        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+        weights_bgqs = drop(weights.astype(q_bthk.dtype)).reshape(b, g, -1, seen)
+        means_bgqk = jnp.einsum("bgqs,bgsk->bgqk", weights_bgqs, v_bgsk[:, :, :seen])
+        found.append(means_bgqk.reshape(b, g, h // g, -1, k))
+    return jnp.concatenate(found, 3).transpose(0, 3, 1, 2, 4).reshape(b, t, h * k)
 
 
 def capped(x, cap):
@@ -187,15 +205,16 @@ def head(model):
     return layers.Dense(c.vocabulary, model.dtype, use_bias=False, name="head"), ()
 
 
-def outputs(head, x_btd, batch, tables=(), *, cap=None, chunk=512):
+def outputs(head, x_btd, batch, tables=(), *, cap=None, chunk=512, frozen=False):
     """What the module docstring says comes out, of the last layer's normed x.
 
     tables: further arguments of the module `head`. chunk: tokens, over all rows, whose logits are
-    held at a time when there are targets.
+    held at a time, at most, when there are targets. frozen: nothing of the head and the tables
+    moves; then their loss has a gradient for x alone.
     """
     if "targets" in batch:
-        columns = max(chunk // len(x_btd), 1)
-        return _loss(head, x_btd, batch["targets"], (tables, batch.get("smoothing")), cap, columns)
+        loss = _loss_of_frozen if frozen else _loss
+        return loss(head, x_btd, batch["targets"], (tables, batch.get("smoothing")), cap, chunk)
     if "at" in batch:
         x_btd = jnp.take_along_axis(x_btd, batch["at"][..., None], axis=1)
     return _logits(head, x_btd, tables, cap)
@@ -205,34 +224,101 @@ def _logits(head, x, tables, cap):
     return capped(head(x, *tables).astype(jnp.float32), cap)
 
 
-def _loss(head, x_btd, targets_bt, given, cap, columns):
+def _losses(head, x, targets, given, cap):
+    tables, smoothing = given
+    return _surprise(_logits(head, x, tables, cap), targets, smoothing)
+
+
+def _loss(head, x_btd, targets_bt, given, cap, chunk):
     """float32 [b, t]: the negative log-likelihood of the targets, 0 where there is none.
 
-    given: (the head's tables, the share of smoothing or None). So many columns at a time, each of
-    which is computed again for the gradient. The rows stay together, since they may lie on
+    given: (the head's tables, the share of smoothing or None). So many tokens at a time, each of
+    which is computed again for the gradient.
+    """
+
+    def of(head, x, targets, given):
+        return _losses(head, x, targets, given, cap)
+
+    return _by_chunks(nn.remat(of, prevent_cse=False), head, x_btd, targets_bt, given, chunk)
+
+
+def _loss_of_frozen(head, x_btd, targets_bt, given, cap, chunk):
+    """The same of a head of which nothing moves. A token's loss hangs on its own x alone: so its
+    slope is computed with it, while the logits are there, and nothing is computed again."""
+
+    def of(head, x, targets, given):
+        def losses_of(head, x):
+            return _losses(head, x, targets, given, cap)
+
+        losses, back = nn.vjp(losses_of, head, x, vjp_variables=False)
+        return losses, back(jnp.ones_like(losses))[-1]
+
+    still_btd = jax.lax.stop_gradient(x_btd)
+    return _with_slopes(x_btd, *_by_chunks(of, head, still_btd, targets_bt, given, chunk))
+
+
+@jax.custom_vjp
+def _with_slopes(x_btd, losses_bt, slopes_btd):
+    """The losses, whose gradient for x is `slopes`. Without a gradient these are not computed."""
+    return losses_bt
+
+
+_with_slopes.defvjp(
+    lambda x, losses, slopes: (losses, slopes),
+    lambda slopes, g_bt: (
+        (g_bt[..., None] * slopes).astype(slopes.dtype),
+        jnp.zeros_like(g_bt),
+        jnp.zeros_like(slopes),
+    ),
+)
+
+
+def _by_chunks(function, head, x_btd, targets_bt, given, chunk):
+    """function(head, x, targets, given) -> arrays [b, columns, ...], of some columns at a time, put
+    together; zeros where there is no target. The rows stay together, since they may lie on
     different devices.
+
+    Columns with a target come first in each row: so only as many chunks are computed as the row
+    with the most targets needs, half of them where half of the tokens are questions.
     """
     b, t = targets_bt.shape
-    more = -t % columns
-    x_btd = jnp.pad(x_btd, ((0, 0), (0, more), (0, 0)))
-    targets_bt = jnp.pad(targets_bt, ((0, 0), (0, more)), constant_values=-1)
+    pieces = -(-b * t // chunk)
+    columns = -(-t // pieces)
+    order_bt = jnp.argsort(targets_bt < 0, axis=1, stable=True)
 
-    def chunk(head, carry, x, targets, given):
-        tables, smoothing = given
-        return carry, _surprise(_logits(head, x, tables, cap), targets, smoothing)
+    def cut(array, empty):
+        array = _columns(array, order_bt)
+        around = ((0, 0), (0, pieces * columns - t), *((0, 0),) * (array.ndim - 2))
+        array = jnp.pad(array, around, constant_values=empty)
+        return array.reshape(b, pieces, columns, *array.shape[2:]).swapaxes(0, 1)
+
+    def chunk_of(head, carry, x, targets, given):
+        shapes = jax.eval_shape(lambda: function(head, x, targets, given))
+
+        def nothing(head, *arrays):
+            return jax.tree.map(lambda made: jnp.zeros(made.shape, made.dtype), shapes)
+
+        some = (targets >= 0).any()
+        return carry, nn.cond(some, function, nothing, head, x, targets, given)
 
     scan = nn.scan(
-        nn.remat(chunk, prevent_cse=False),
+        chunk_of,
         variable_broadcast=list(layers.STACKED),
         split_rngs=layers.STREAMS | {"params": False},
         in_axes=(0, 0, nn.broadcast),
     )
-    pieces = (
-        array.reshape(b, -1, columns, *array.shape[2:]).swapaxes(0, 1)
-        for array in (x_btd, targets_bt)
-    )
-    each_cbt = scan(head, (), *pieces, given)[1]
-    return each_cbt.swapaxes(0, 1).reshape(b, -1)[:, :t]
+    found = scan(head, (), cut(x_btd, 0), cut(targets_bt, -1), given)[1]
+    back_bt = jnp.argsort(order_bt, axis=1)
+
+    def joined(array):
+        return _columns(array.swapaxes(0, 1).reshape(b, -1, *array.shape[3:]), back_bt)
+
+    return jax.tree.map(joined, found)
+
+
+def _columns(array, order_bt):
+    """array [b, t, ...] with its columns in another order for each row."""
+    return jnp.take_along_axis(array, jnp.expand_dims(order_bt, tuple(range(2, array.ndim))), 1)
 
 
 def _surprise(logits, targets, smoothing=None):

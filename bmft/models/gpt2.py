@@ -71,6 +71,7 @@ class CausalLM(nn.Module):
     remat: str = "none"
     unroll: int = 1
     frozen_below: int = 0  # the lowest layer in which something moves; see bmft.layers.scan_layers
+    frozen_head: bool = False  # nothing of the head, or of the table that it is tied to, moves
     chunk: int = 512
 
     @nn.compact
@@ -89,7 +90,8 @@ class CausalLM(nn.Module):
         )
         x_btd = layers.LayerNorm(c.eps, self.dtype, name="norm")(x_btd)
         head, tables = causal.head(self)
-        out = causal.outputs(head, x_btd, batch, tables, chunk=self.chunk)
+        about = {"chunk": self.chunk, "frozen": self.frozen_head}
+        out = causal.outputs(head, x_btd, batch, tables, **about)
         return out if cache is None else (out, cache)
 
 
@@ -146,7 +148,8 @@ class Attention(nn.Module):
         mask_b1ts = causal.mask(sight, causal.EVERYTHING)
         k_bshk, v_bshk, mask_b1ts = layers.KeysValues(name="keys_values")(k_bshk, v_bshk, mask_b1ts)
         drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
-        context = causal.attend(q_bthk, k_bshk, v_bshk, mask_b1ts, scale=scale, drop=drop)
+        about = {"scale": scale, "drop": drop, "ahead": cache is not None}
+        context = causal.attend(q_bthk, k_bshk, v_bshk, mask_b1ts, **about)
         return layers.Dense(c.width, self.dtype, name="output")(context), cache
 
 

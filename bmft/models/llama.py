@@ -76,6 +76,7 @@ class CausalLM(nn.Module):
     remat: str = "none"
     unroll: int = 1
     frozen_below: int = 0  # the lowest layer in which something moves; see bmft.layers.scan_layers
+    frozen_head: bool = False  # nothing of the head, or of the table that it is tied to, moves
     chunk: int = 512
 
     @nn.compact
@@ -97,7 +98,8 @@ class CausalLM(nn.Module):
         )
         x_btd = causal.RMSNorm(c.eps, self.dtype, c.norm_offset, name="norm")(x_btd)
         head, tables = causal.head(self)
-        out = causal.outputs(head, x_btd, batch, tables, cap=c.logit_cap, chunk=self.chunk)
+        about = {"chunk": self.chunk, "frozen": self.frozen_head}
+        out = causal.outputs(head, x_btd, batch, tables, cap=c.logit_cap, **about)
         return out if cache is None else (out, cache)
 
 
@@ -164,8 +166,8 @@ class Attention(nn.Module):
         mask_b1ts = causal.mask(sight, window)
         k_bsgk, v_bsgk, mask_b1ts = layers.KeysValues(name="keys_values")(k_bsgk, v_bsgk, mask_b1ts)
         drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
-        about = {"scale": c.query_scale, "cap": c.attention_cap, "drop": drop}
-        context = causal.attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, **about)
+        about = {"scale": c.query_scale, "cap": c.attention_cap, "ahead": cache is not None}
+        context = causal.attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, drop=drop, **about)
         return layers.Dense(c.width, self.dtype, c.output_bias, name="output")(context), cache
 
 

@@ -369,3 +369,14 @@ def first_moving_piece(methods, paths, names):
             if tree.under(where, [stage]):
                 first = min(first, number)
     return first
+
+
+def head_is_still(paths):
+    """Whether none of the moving leaves at `paths` may be read by a language model's head: its own,
+    an embedding's, to which it may be tied, and what modules share."""
+
+    def may_be_read(path):
+        collection, _, where = path.partition("/")
+        return collection == "peft_shared" or tree.under(where, ["head", "embeddings"])
+
+    return not any(map(may_be_read, paths))
