@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from language_speed import groups
 
 from bmft import prepare, quantize, sharding, tree
 from bmft.config import read
 from bmft.models import weights
-from language_speed import groups
 
 
 def main():

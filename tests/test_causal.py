@@ -73,6 +73,35 @@ def test_the_loss_of_a_stack_in_pieces(families, logits):
     np.testing.assert_allclose(loss, np.where(targets < 0, 0, -picked), atol=TOLERANCE)
 
 
+def test_keys_by_blocks(monkeypatch):
+    """Blocks of four queries, the last of three; all see two columns before the tokens."""
+    monkeypatch.setattr(causal, "BLOCK", 4)
+    rng = np.random.default_rng(0)
+    shapes = ((2, 11, 6, 8), (2, 13, 2, 8), (2, 13, 2, 8))
+    arrays = [rng.normal(0, 1, shape).astype(np.float32) for shape in shapes]
+    segments = np.array([[1] * 5 + [2] * 6, [1] * 8 + [0] * 3])
+    own = (segments[:, :, None] == segments[:, None]) & np.tri(11, dtype=bool)
+    mask = np.concatenate([np.ones((2, 11, 2), bool), own], -1)[:, None]
+
+    def loss(q, k, v, ahead):
+        out = causal.attend(q, k, v, mask, scale=0.5, cap=3.0, ahead=ahead)
+        return jnp.square(out).sum(), out
+
+    def both(*arrays):
+        slopes = jax.grad(loss, (0, 1, 2), has_aux=True)
+        return [slopes(*arrays, ahead) for ahead in (False, True)]
+
+    blocks, whole = tiny.hasty(both)(*arrays)
+    for one, other in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    q, k, v = (array.astype(np.float64) for array in arrays)
+    k, v = (np.repeat(array, 3, 2) for array in (k, v))
+    scores = 3 * np.tanh(np.einsum("bthk,bshk->bhts", q * 0.5, k) / 3)
+    powers = np.where(mask, np.exp(scores), 0)
+    want = np.einsum("bhts,bshk->bthk", powers / powers.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(blocks[1], want.reshape(2, 11, 48), atol=1e-5)
+
+
 # --- the cache -------------------------------------------------------------------------------
 
 
@@ -118,6 +147,7 @@ class Alone(nn.Module):
     tied: bool
     chunk: int
     smoothing: float = 0.0
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, targets):
@@ -129,35 +159,46 @@ class Alone(nn.Module):
         batch = {"targets": targets}
         if self.smoothing:
             batch["smoothing"] = np.float32(self.smoothing)
-        return causal.outputs(head, x, batch, tables, cap=4.0, chunk=self.chunk).sum()
+        about = {"cap": 4.0, "chunk": self.chunk, "frozen": self.frozen}
+        each = causal.outputs(head, x, batch, tables, **about)
+        return (each * jnp.arange(each.size).reshape(each.shape)).sum() / 9
 
 
-@pytest.mark.parametrize(
-    ("tied", "smoothing", "chunks"), [(False, 0.0, (99, 2)), (True, 0.0, (12,)), (True, 0.3, (12,))]
-)
-def test_chunks_of_the_loss_are_no_matter(tied, smoothing, chunks):
-    """Of three rows of 11 tokens: all at once, 1 and 4 columns at a time."""
+WAYS = {  # (chunk, frozen): all of three rows of 11 tokens at once, 1, 2 and 4 columns at a time
+    "apart": (False, 0.0, ((99, False), (2, False), (12, True))),
+    "tied": (True, 0.0, ((12, False), (6, True))),
+    "smoothed": (True, 0.3, ((12, False), (12, True))),
+}
+
+
+@pytest.mark.parametrize(("tied", "smoothing", "ways"), WAYS.values(), ids=WAYS)
+def test_chunks_of_the_loss_are_no_matter(tied, smoothing, ways):
+    """x has the same gradient of a head that is frozen. A row has few targets, one has none."""
     rng = np.random.default_rng(0)
     x_btd, kernel_dv = rng.normal(0, 1, (3, 11, 7)), rng.normal(0, 1, (7, 29))
     targets = rng.integers(-1, 29, (3, 11)).astype(np.int32)
+    targets[1, :7], targets[2] = -1, -1
 
-    def loss(x, kernel, chunk=None):
+    def loss(x, kernel, chunk=None, frozen=False):
         if chunk is None:
             logits = jax.nn.log_softmax(4 * jnp.tanh(x @ kernel / 4))
             wanted = jax.nn.one_hot(targets, 29) * (1 - smoothing) + smoothing / 29
-            return -(wanted * logits)[targets >= 0].sum()
+            each = jnp.where(targets < 0, 0, -(wanted * logits).sum(-1))
+            return (each * jnp.arange(33).reshape(3, 11)).sum() / 9
         params = {"x": x} | ({"table": kernel.T} if tied else {"head": {"kernel": kernel}})
-        return Alone(29, tied, chunk, smoothing).apply({"params": params}, targets)
+        return Alone(29, tied, chunk, smoothing, frozen).apply({"params": params}, targets)
 
     def all_of(x, kernel):
         of = jax.value_and_grad(loss, (0, 1))
-        return [of(x, kernel, chunk) for chunk in (None, *chunks)]
+        return [of(x, kernel, *way) for way in ((), *ways)]
 
     (value, slopes), *others = tiny.hasty(all_of)(*map(jnp.float32, (x_btd, kernel_dv)))
+    assert not others[-1][1][1].any()  # whoever says that it is frozen asks for none
+    others[-1] = others[-1][0], (others[-1][1][0], slopes[1])
     for same, these in others:
         np.testing.assert_allclose(same, value, rtol=1e-5)
         for one, other in zip(these, slopes, strict=True):
-            np.testing.assert_allclose(one, other, atol=2e-6)
+            np.testing.assert_allclose(one, other, atol=1e-5)
             assert np.abs(one).max() > 0.1
 
 
