@@ -15,7 +15,7 @@ import tiny
 import tiny_causal
 from safetensors.numpy import load_file, save_file
 
-from bmft import layers, models
+from bmft import layers, models, peft
 from bmft.errors import Mistake
 from bmft.models import causal, rotary, weights
 
@@ -200,6 +200,21 @@ def test_chunks_of_the_loss_are_no_matter(tied, smoothing, ways):
         for one, other in zip(these, slopes, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
             assert np.abs(one).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("path", "still"),
+    [
+        ("peft/layers/mlp/gate/lora_a", True),
+        ("params/norm/scale", True),
+        ("params/head/kernel", False),
+        ("peft/head/lora_b", False),
+        ("params/embeddings/word/embedding", False),
+        ("peft_shared/vera/a", False),
+    ],
+)
+def test_when_nothing_of_the_head_moves(path, still):
+    assert peft.head_is_still(["peft/layers/attention/query/lora_a", path]) is still
 
 
 def test_the_logits_of_a_chunk_alone_are_held():

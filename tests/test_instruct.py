@@ -175,7 +175,7 @@ WRONG = {
     "tweets": (["--config.data.name=tweets"], "data.name='tweets' has labels, no answers"),
     "data": (["--config.data.name=instrukt"], "did you mean 'instruct'?"),
     "format": (["--config.data.format=alpaca"], "no column 'instruction'"),
-    "task": (["--config.task.name=text_classification"], "but causal_lm, preference"),
+    "task": (["--config.task.name=text_classification"], "its own: causal_lm, preference"),
     "probe": (["--config.peft.methods=linear_probe"], "has no head of a task"),
     "head": (["--config.optim.head_learning_rate=0.1"], "has no head of a task"),
     "sampling": (["--config.generate.top_p=1.5"], "top_p is 1.5; it must be above 0"),
