@@ -15,6 +15,7 @@ two that do not count (compilation). Tokens a second are medians, the ratio that
 """
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -161,6 +162,7 @@ class Sides:
 
     def race(self, batch_at, pairs):
         """What is printed of one kind of batches."""
+        gc.collect()  # the models of the race before
         fit = prepare.fit(
             self.config, self.model, self.methods, self.mesh, self.config.train.steps, self.base
         )

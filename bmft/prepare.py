@@ -42,7 +42,8 @@ def task_of(config, tables):
     kind, found = type(next(iter(tables.values()))), tasks.get(config.task.name)
     if found.EXAMPLES is not kind:
         fit = ", ".join(name for name in tasks.names() if tasks.get(name).EXAMPLES is kind)
-        raise Mistake(f"task.name={config.task.name!r} is no task of this experiment; its own: {fit}")
+        name = config.task.name
+        raise Mistake(f"task.name={name!r} is no task of this experiment; its own: {fit}")
     return found
 
 
