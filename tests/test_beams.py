@@ -18,7 +18,7 @@ V, TOKENS, END = 4, 4, 3
 PROMPTS = [[0, 1, 2, 1, 2], [2, 0]]
 TABLE = np.random.default_rng(5).normal(0, 1.5, (V, V, V)).astype(np.float32)
 LOG_P = TABLE - np.log(np.exp(TABLE).sum(-1, keepdims=True))
-CONFIG = SimpleNamespace(depth=1, kv_heads=1, head_dim=1, max_length=64)
+CONFIG = SimpleNamespace(depth=1, kv_heads=1, head_dim=1, max_length=64, vocabulary=V)
 MODEL = SimpleNamespace(name="toy", config=CONFIG, module=SimpleNamespace(dtype=jnp.float32))
 
 

@@ -274,7 +274,7 @@ def test_batches_of_a_run_and_what_is_printed(monkeypatch, capsys):
     table = Dialogs([ASKED] * 5 + [asked] * 2, notes=("format messages",))
     task, made = causal_lm.make({"train": table}), tokenizer(CHATML)
     monkeypatch.setattr(models, "tokenizer", lambda model: made)
-    model = SimpleNamespace(name="toy", config=SimpleNamespace(max_length=20))
+    model = SimpleNamespace(name="toy", config=SimpleNamespace(max_length=20, vocabulary=99))
     mesh = sharding.mesh(config)
     found = prepare.batches(config, model, (), task, {"train": table}, mesh)["train"]
     assert (found.examples, found.steps_per_epoch) == (5, 2)
