@@ -319,7 +319,7 @@ def make_step(config, fit, loss, **options):
     return train.make_step(
         fit.apply, loss, fit.tx,
         accumulate=config.train.accumulate, rate=fit.rate, momentum=fit.momentum,
-        penalty=fit.penalty, after=fit.after, compiler_options=_with_fast_products(), **options,
+        penalty=fit.penalty, after=fit.after, **options,
     )  # fmt: skip
 
 
@@ -327,13 +327,6 @@ def _quickly():
     """How to compile what runs once: conv adapters of a ResNet-20 took 9.4 s to add, now 1.9."""
     on_cpu = jax.default_backend() == "cpu"
     return {"xla_backend_optimization_level": 0} if on_cpu else None
-
-
-def _with_fast_products():
-    """How to compile what runs often. jaxlib 0.10.2 gives the products on a CPU to a library, YNN,
-    that is slower than its own: of [1024, 576] by [576, 1536] 69 GFLOP/s on a core, now 93."""
-    on_cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None
 
 
 # How far the running statistics go towards a batch's, by the policy. The first is torch's. The

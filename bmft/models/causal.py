@@ -310,14 +310,16 @@ def _by_chunks(function, head, x_btd, targets_bt, given, chunk):
         array = jnp.pad(array, around, constant_values=empty)
         return array.reshape(b, pieces, columns, *array.shape[2:]).swapaxes(0, 1)
 
-    def chunk_of(head, carry, x, targets, given):
+    most = (targets_bt >= 0).sum(1).max()
+
+    def chunk_of(head, start, x, targets, given):
         shapes = jax.eval_shape(lambda: function(head, x, targets, given))
 
         def nothing(head, *arrays):
             return jax.tree.map(lambda made: jnp.zeros(made.shape, made.dtype), shapes)
 
-        some = (targets >= 0).any()
-        return carry, nn.cond(some, function, nothing, head, x, targets, given)
+        some = start < most
+        return start + columns, nn.cond(some, function, nothing, head, x, targets, given)
 
     scan = nn.scan(
         chunk_of,
@@ -325,7 +327,7 @@ def _by_chunks(function, head, x_btd, targets_bt, given, chunk):
         split_rngs=layers.STREAMS | {"params": False},
         in_axes=(0, 0, nn.broadcast),
     )
-    found = scan(head, (), cut(x_btd, 0), cut(targets_bt, -1), given)[1]
+    found = scan(head, jnp.int32(0), cut(x_btd, 0), cut(targets_bt, -1), given)[1]
     back_bt = jnp.argsort(order_bt, axis=1)
 
     def joined(array):
