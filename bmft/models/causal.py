@@ -143,10 +143,15 @@ def head_leaf(config):
 
 def _normalise(module, x):
     """x [..., d] over its root mean square, by the scale of `module`, in float32."""
-    x = x.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + module.eps)
     scale = layers.param(module, "scale", _start(module.offset), x.shape[-1:])
-    return (x * (module.offset + scale.astype(jnp.float32))).astype(module.dtype)
+
+    @jax.checkpoint  # keeps x alone for the gradient, as it came
+    def normal(x, scale):
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + module.eps)
+        return (x * (module.offset + scale.astype(jnp.float32))).astype(module.dtype)
+
+    return normal(x, scale)
 
 
 def _start(offset):
