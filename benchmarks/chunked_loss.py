@@ -43,7 +43,7 @@ def main():
         for chunk in (model.module.chunk, options.rows * options.tokens):
             module = fit.module.clone(frozen_head=frozen, chunk=chunk)
             apply = peft.attach(methods, model._replace(module=module)).apply
-            step = prepare.make_step(config, fit._replace(apply=apply), causal_lm.loss)
+            step = prepare.make_step(config, fit._replace(apply=apply), causal_lm.loss())
             compiled = step.lower(fit.state, fit.frozen, whole).compile()
             sizes[chunk] = compiled.memory_analysis().temp_size_in_bytes
         chunked, unchunked = sizes.values()
