@@ -35,10 +35,10 @@ def get_config(variant="smollm2"):
     config.eval.batch_size = 10
     config.eval.every = 100
     if variant == "smollm2":
-        config.train.steps = 50
-        config.eval.every = 50
+        config.train.steps = 30
+        config.eval.every = 30
         config.data.max_eval_examples = 100
-        config.generate = {"prompts": 40, "tokens": 200}
+        config.generate = {"prompts": 30, "tokens": 200}
         return config
     config.train.epochs = 3.0
     config.train.batch_size = 32

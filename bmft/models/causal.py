@@ -262,7 +262,7 @@ def _loss(head, x_btd, targets_bt, given, cap, chunk):
     def of(head, x, targets, given):
         return _losses(head, x, targets, given, cap)
 
-    return _by_chunks(nn.remat(of, prevent_cse=False), head, x_btd, targets_bt, given, chunk)
+    return _by_chunks(of, head, x_btd, targets_bt, given, chunk)
 
 
 def _loss_of_frozen(head, x_btd, targets_bt, given, cap, chunk):
@@ -327,7 +327,8 @@ def _by_chunks(function, head, x_btd, targets_bt, given, chunk):
         return start + columns, nn.cond(some, function, nothing, head, x, targets, given)
 
     scan = nn.scan(
-        chunk_of,
+        # Around the choice: else each chunk keeps a table of its own for the gradient.
+        nn.remat(chunk_of, prevent_cse=False),
         variable_broadcast=list(layers.STACKED),
         split_rngs=layers.STREAMS | {"params": False},
         in_axes=(0, 0, nn.broadcast),
