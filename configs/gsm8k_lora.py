@@ -9,10 +9,10 @@ DIR is grade_school_math/data of github.com/openai/grade-school-math. The model 
 answers without the calculator's marks; then it answers the first `generate.prompts` questions of
 the test split, greedily, and the number behind `####` counts (exact_match, before and after).
 
-`smollm2` is for two CPU cores: 240 problems, 30 answers, perplexity on 100 problems: 3.94 before and
-2.93 after, 2 and 0 of 30 answers right (it learns the form; 135 million parameters do not compute);
-5.4 GB, at most 20 minutes (other work went on). `full`: all problems three times, all 1,319 answers,
-for an accelerator; not run by us. Every rate is a guess.
+`smollm2` is for two CPU cores: 240 problems, 30 answers, perplexity on 100 problems: 3.94 before
+and 2.93 after, 2 and 0 of 30 answers right (it learns the form; 135 million parameters do not
+compute); 5.4 GB, at most 20 minutes (other work went on). `full`: all problems three times, all
+1,319 answers, for an accelerator; not run by us. Every rate is a guess.
 """
 
 from configs import base
