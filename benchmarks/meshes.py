@@ -4,8 +4,8 @@
 
 Every task with LoRA on all linear layers and with all leaves moving, on models of two layers with
 random weights; eight devices on one CPU. The table gives, of each mesh (data x fsdp x tensor), the
-largest difference of a step's loss from that of one device, relative to it. Losses are compared, not
-parameters: Adam turns rounding into steps.
+largest difference of a step's loss from that of one device, relative to it. Losses are compared,
+not parameters: Adam turns rounding into steps.
 """
 
 import argparse

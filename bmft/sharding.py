@@ -59,7 +59,7 @@ def of_leaf(mesh, rules, added=None):
     """(path, shape) -> NamedSharding of every leaf there is: by the first of the model's `(pattern,
     axes)` rules that matches its path, and else by what it stands beside.
 
-        layers/.../kernel               its rule
+        layers/.../kernel               its rule; `params/` or `batch_stats/` may stand in front
         quant/<module>/...              as that kernel, but `fsdp` never splits its inputs
         peft/<module>/lora_a            by the letters of `added`, {leaf: letters}: bmft.peft.Method
         peft_const/<module>/...         likewise; whole on every device where it has no letters
@@ -92,23 +92,13 @@ def of_leaf(mesh, rules, added=None):
         return (of_added if path.startswith(ADDED) else of_base)(path, shape)
 
     def sharding(path, shape):
-        axes = axes_of(path, shape)
+        axes = axes_of(path.removeprefix("params/").removeprefix("batch_stats/"), shape)
         for size, split in zip(shape, axes, strict=False):
             for axis in (split,) if isinstance(split, str) else split or ():
                 if size % mesh.shape[axis]:
                     raise _undivided(mesh, axis, size, path, shape)
                 size //= mesh.shape[axis]
         return NamedSharding(mesh, P(*axes))
-
-    return sharding
-
-
-def of_variables(mesh, rules, added=None):
-    """(path, shape) -> NamedSharding, as `of_leaf`, of a tree of variables: collection, then path."""
-    where = of_leaf(mesh, rules, added)
-
-    def sharding(path, shape):
-        return where(path.removeprefix("params/").removeprefix("batch_stats/"), shape)
 
     return sharding
 
