@@ -307,7 +307,8 @@ def _added(methods, model, mesh, key, base):
     add = peft.attach(methods, model).add
     where = sharding.of_leaf(mesh, model.sharding, peft.axes(methods))
     shapes = jax.eval_shape(jax.jit(add), key, base)  # traced once for both: jit remembers
-    places = tree.map_with_path(lambda path, leaf: where(path, leaf.shape), shapes)
+    places = [where(path, leaf.shape) for path, leaf in tree.flatten(shapes).items()]
+    places = jax.tree.unflatten(jax.tree.structure(shapes), places)  # empty collections, too
     return jax.jit(add, out_shardings=places, compiler_options=_quickly())(key, base)
 
 
