@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from bmft import evaluate, export, models, optim, peft, quantize, sharding, tasks, train, tree
+from bmft.activations import within
 from bmft.config import signature
 from bmft.data import text
 from bmft.data.batches import Batches, row_length
@@ -234,11 +235,13 @@ class Fit(NamedTuple):
         return sum(row[-1] for row in self.rows)
 
 
-def load(model, key, mesh, methods=(), shared=None, quantize=None):
+def load(model, key, mesh, methods=(), shared=None, quantize=None, storage=None):
     """The base (`weights.Loaded`) in the model's dtype, but for what stays exact or moves.
 
-    shared: one loaded before, whose leaves it takes as they are. quantize: config.model.quantize.
+    shared: one loaded before, whose leaves it takes as they are. quantize, storage: those of
+    config.model.
     """
+    stored = jnp.dtype(storage or model.module.dtype)
     exact = {*model.heads, *weights.FRESH}
     # A BatchNorm computes in float32, and is exported whole where its statistics moved.
     exact |= {leaf.path.rpartition("/")[0] for leaf in model.names.leaves if leaf.is_statistic}
@@ -247,7 +250,7 @@ def load(model, key, mesh, methods=(), shared=None, quantize=None):
         return any(method.moves(f"params/{path}") for method in methods)
 
     def dtype(path):
-        return jnp.float32 if moves(path) or tree.under(path, exact) else model.module.dtype
+        return jnp.float32 if moves(path) or tree.under(path, exact) else stored
 
     kernels = weights.quantized(model, quantize, moves)
     if quantize and not kernels:
@@ -270,10 +273,10 @@ def fit(config, model, methods, mesh, steps, shared=None):
     begin, after = peft.memory(methods, steps)  # first: it may find the run too short
     key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
     whole = sharding.replicated(mesh)
-    loaded = load(model, key, mesh, methods, shared, config.model.quantize)
+    how = {"quantize": config.model.quantize, "storage": config.model.storage}
+    loaded = load(model, key, mesh, methods, shared, **how)
     base = loaded.variables()
-    add = jax.jit(peft.attach(methods, model).add, out_shardings=whole, compiler_options=_quickly())
-    variables = base | add(add_key, base)
+    variables = base | _added(methods, model, mesh, add_key, base)
     stats = {name: variables.pop(name) for name in ("batch_stats",) if _statistics_move(model)}
     labels = peft.claims(
         methods,
@@ -287,6 +290,7 @@ def fit(config, model, methods, mesh, steps, shared=None):
     if model.names.head:
         module = module.clone(frozen_head=peft.head_is_still(labels))
     apply = peft.attach(methods, model._replace(module=module)).apply
+    apply = within(mesh, apply)
     moving, frozen = tree.split(variables, lambda path: path in labels)
     moving = jax.tree.map(jnp.copy, moving) if shared else moving
     masks = {path: peft.moving_rows(methods, path) for path in labels}
@@ -319,8 +323,19 @@ def make_step(config, fit, loss, **options):
     return train.make_step(
         fit.apply, loss, fit.tx,
         accumulate=config.train.accumulate, rate=fit.rate, momentum=fit.momentum,
-        penalty=fit.penalty, after=fit.after, **options,
+        penalty=fit.penalty, after=fit.after,
+        places=jax.tree.map(lambda leaf: leaf.sharding, fit.state), **options,
     )  # fmt: skip
+
+
+def _added(methods, model, mesh, key, base):
+    """What the methods add to the loaded variables `base`, each leaf in its place on the mesh."""
+    add = peft.attach(methods, model).add
+    where = sharding.of_leaf(mesh, model.sharding, peft.axes(methods))
+    shapes = jax.eval_shape(jax.jit(add), key, base)  # traced once for both: jit remembers
+    places = [where(path, leaf.shape) for path, leaf in tree.flatten(shapes).items()]
+    places = jax.tree.unflatten(jax.tree.structure(shapes), places)  # empty collections, too
+    return jax.jit(add, out_shardings=places, compiler_options=_quickly())(key, base)
 
 
 def _quickly():

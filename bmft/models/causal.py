@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmft import layers
+from bmft import activations, layers
 from bmft.names import Leaf
 
 EVERYTHING = 2**31 - 1  # the window of a layer that has none
@@ -216,7 +216,7 @@ class TiedHead(nn.Module):
 
     @nn.compact
     def __call__(self, x, table):
-        return x.astype(self.dtype) @ table.astype(self.dtype).T
+        return activations.rows(x.astype(self.dtype) @ table.astype(self.dtype).T)
 
 
 def head(model):
@@ -231,13 +231,14 @@ def head(model):
 def outputs(head, x_btd, batch, tables=(), *, cap=None, chunk=512, frozen=False):
     """What the module docstring says comes out, of the last layer's normed x.
 
-    tables: further arguments of the module `head`. chunk: tokens, over all rows, whose logits are
-    held at a time, at most, when there are targets. frozen: nothing of the head and the tables
-    moves; then their loss has a gradient for x alone.
+    tables: further arguments of the module `head`. chunk: tokens, over the rows of a device, whose
+    logits are held at a time, at most, when there are targets. frozen: nothing of the head and the
+    tables moves; then their loss has a gradient for x alone.
     """
     if "targets" in batch:
         loss = _loss_of_frozen if frozen else _loss
-        return loss(head, x_btd, batch["targets"], (tables, batch.get("smoothing")), cap, chunk)
+        given = tables, batch.get("smoothing")
+        return loss(head, x_btd, batch["targets"], given, cap, chunk * activations.parts())
     if "at" in batch:
         x_btd = jnp.take_along_axis(x_btd, batch["at"][..., None], axis=1)
     return _logits(head, x_btd, tables, cap)

@@ -106,7 +106,7 @@ def load(model, key, *, dtype=None, sharding=None, shared=None, quantized=None):
             leaves[leaf.path] = there[leaf.path]
             continue
         read = _reader(files, leaf, keys, shape, wanted)
-        leaves[leaf.path] = jax.make_array_from_callback(shape, sharding(leaf.path, shape), read)
+        leaves[leaf.path] = _array(shape, sharding(leaf.path, shape), read)
     leaves |= _initialise(model, key, tuple(fresh), dtype, sharding)
     left = sorted(set(files.where) - used)
     replaced = {leaf.file for leaf in model.names.leaves if leaf.path in fresh}
@@ -217,9 +217,26 @@ def _reader(files, leaf, keys, shape, dtype):
         cut = tuple(slice(*s.indices(n)[:2]) for s, n in zip(cut, shape, strict=True))
         if not _is_stacked(leaf):
             return one(keys[0], cut)
-        return np.stack([one(key, cut[1:]) for key in keys[cut[0]]])
+        stack = np.empty([s.stop - s.start for s in cut], dtype)
+        for row, key in enumerate(keys[cut[0]]):
+            stack[row] = one(key, cut[1:])
+        return stack
 
     return read
+
+
+def _array(shape, where, read):
+    """The array of what read(slices) gives; what several devices hold is read once, and held once
+    on the host."""
+    found = {}
+
+    def once(cut):
+        key = tuple(s.indices(n)[:2] for s, n in zip(cut, shape, strict=True))
+        if key not in found:
+            found[key] = read(cut)
+        return found[key]
+
+    return jax.make_array_from_callback(shape, where, once)
 
 
 def _quantize(how, module, read, shape, sharding):
@@ -229,13 +246,15 @@ def _quantize(how, module, read, shape, sharding):
     def layer(i):
         return quantize.quantize(how, read((slice(i, i + 1), slice(None), slice(None)))[0].T)
 
-    every = [layer(i) for i in range(shape[0])]
-    made = {}
-    for name in every[0]:
-        array = np.stack([leaves[name] for leaves in every])
-        where = sharding(f"quant/{module}/{name}", array.shape)
-        made[name] = jax.make_array_from_callback(array.shape, where, array.__getitem__)
-    return made
+    first = layer(0)
+    stacks = {name: np.empty((shape[0], *x.shape), x.dtype) for name, x in first.items()}
+    for i in range(shape[0]):
+        for name, x in (layer(i) if i else first).items():
+            stacks[name][i] = x
+    return {
+        name: _array(x.shape, sharding(f"quant/{module}/{name}", x.shape), x.__getitem__)
+        for name, x in stacks.items()
+    }
 
 
 def _initialise(model, key, paths, dtype, sharding):
