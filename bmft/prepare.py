@@ -4,6 +4,7 @@ tables -> task -> model -> methods -> fit(...)          see experiments/glue_lor
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bmft import evaluate, export, models, optim, peft, quantize, sharding, tasks, train, tree
+from bmft import (
+    evaluate,
+    export,
+    models,
+    optim,
+    peft,
+    processes,
+    quantize,
+    sharding,
+    tasks,
+    train,
+    tree,
+)
 from bmft.config import signature
 from bmft.data import text
 from bmft.data.batches import Batches, row_length
@@ -145,6 +158,8 @@ def batches(config, model, methods, task, tables, mesh):
         split: encode(table, tokenizer, config.data.max_length, cache)
         for split, table in tables.items()
     }
+    sums = {split: [len(e.lengths), zlib.crc32(e.tokens)] for split, e in encoded.items()}
+    processes.refuse_other({"examples and their checksum": sums})
     shown = task.show(encoded["train"], tokenizer) if task.show else None
     encoded = {split: found.behind(virtual) for split, found in encoded.items()}
     rows = sharding.rows(mesh)
