@@ -27,8 +27,7 @@ from bmft import errors
 from bmft.errors import Mistake
 
 PREEMPTED = 75
-GRACE = 20  # seconds for the others to end by themselves, once one has failed
-SAVING = 300  # the same once one was preempted: they may be writing the checkpoint
+GRACE = 30  # seconds for the others to end by themselves, once one has ended early
 CPP = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ |\*\*\* |\s+@ +0x|\[Gloo\] ")
 CPP_NOTE = re.compile(r"W\d{4} .*preemption_notifier")
 # Where the trace of a lost process begins, and what ends one.
@@ -67,7 +66,7 @@ class _Signals:
     """Takes SIGTERM, for the processes to be told, and SIGINT, which the terminal sends to all."""
 
     def __enter__(self):
-        self.terminated, self.final = 0, False
+        self.terminated, self.interrupted = 0, False
         self._before = {
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate),
             signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
@@ -80,10 +79,13 @@ class _Signals:
 
     def _terminate(self, number, frame):
         self.terminated += 1
-        self.final = self.final or self.terminated > 1
 
     def _interrupt(self, number, frame):
-        self.final = True
+        self.interrupted = True
+
+    @property
+    def final(self):
+        return self.interrupted or self.terminated > 1
 
 
 class _Attempt:
@@ -108,10 +110,9 @@ class _Attempt:
             ended = [child for child in self._children if child.ended_badly]
             if ended and first is None:
                 first = min(ended, key=lambda child: child.is_consequence)
-                preempted = first.status == PREEMPTED
-                deadline = time.monotonic() + (SAVING if preempted else GRACE)
-                if preempted:
-                    self._signal(signal.SIGTERM)  # those that had not joined yet
+                deadline = time.monotonic() + GRACE
+                if first.status == PREEMPTED:  # if before it joined, the others wait for it
+                    self._signal(signal.SIGTERM)
             if deadline and time.monotonic() > deadline:
                 self._signal(signal.SIGKILL)
             time.sleep(0.05)
@@ -131,8 +132,13 @@ class _Attempt:
                 child.process.send_signal(number)
 
     def _verdict(self, first):
-        first = first or next((child for child in self._children if child.ended_badly), None)
+        ended = [child for child in self._children if child.ended_badly]
+        if ended and (first is None or first.is_consequence):  # its cause is known by now
+            first = min(ended, key=lambda child: child.is_consequence)
+        if self._signals.interrupted:
+            return 130  # as a shell says
         if first is None:
+            self._children[0].show_held()
             return 0
         statuses = {child.status for child in self._children if not child.killed}
         if statuses <= {0, PREEMPTED}:
@@ -143,17 +149,18 @@ class _Attempt:
             return 1
         shown = self._children[0]
         shown.show_held()
-        if shown is not first and not shown.said_error:
+        if shown is not first and not shown.said_error and not (shown.status or 0) > 0:
             _say(f"error: process {first.number}: {first.last_line()}")
         return first.status if first.status > 0 else 128 - first.status
 
     def _lost(self, first):
         """Which process was lost, in words, or None."""
-        count = len(self._children)
+        if first.is_consequence:
+            return first.lost_peer()
         if self._several and first.status < 0:
-            how = f"killed by {signal.Signals(-first.status).name}"
-            return f"{_process(first.number)} of {count} was lost ({how})"
-        return None if self._several else first.lost_peer()
+            how = signal.Signals(-first.status).name
+            return f"{_process(first.number)} was lost (killed by {how})"
+        return None
 
 
 class _Child:
@@ -162,6 +169,7 @@ class _Child:
     def __init__(self, command, number, log, variables, several):
         self.number, self.log = number, log
         self.killed = self.said_error = False
+        log.unlink(missing_ok=True)  # of the attempt before
         self._file = open(log, "ab", buffering=0)  # noqa: SIM115, closed by `close`
         self._held, self._in_trace = [], False
         shown = number == 0
@@ -181,7 +189,9 @@ class _Child:
 
     @property
     def status(self):
-        return self.process.returncode
+        """Its exit status, or less the signal that killed it: of SIGTERM 75, it came too early."""
+        status = self.process.returncode
+        return PREEMPTED if status == -signal.SIGTERM else status
 
     @property
     def ended_badly(self):
@@ -254,7 +264,6 @@ def _local(count):
         "JAX_COORDINATOR_BIND_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
         "BMFT_LOCAL_PROCESSES": str(count),
-        "JAX_CHECK_PROXY_ENVS": "false",  # a proxy is for others
         "no_grpc_proxy": "127.0.0.1",
     }
     return [common | {"JAX_PROCESS_ID": str(number)} for number in range(count)]

@@ -284,6 +284,9 @@ def fit(config, model, methods, mesh, steps, shared=None):
     tx, schedules = optim.make(config, labels, steps, masks, never)
     state = train.init_state(moving, tx, state_key, stats, begin)
     _check_identity(apply, train.variables(state, frozen), model, methods)
+    # To devices of other processes, device_put takes no typed key.
+    spread = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1)
+    state = state._replace(key=spread(state.key, whole))
     state = jax.device_put(state, train.shardings(state, whole))
     rows = _table(variables, labels, stats)
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)

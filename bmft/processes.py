@@ -71,6 +71,11 @@ def index():
     return _joint.index if _joint else 0
 
 
+def several():
+    """Is this process one of several?"""
+    return _joint is not None
+
+
 def cores():
     """How many of the machine's cores are for this process."""
     return max(1, os.cpu_count() // int(os.environ.get("BMFT_LOCAL_PROCESSES", 1)))
@@ -203,6 +208,8 @@ def _initialize():
     elif _by_mpi() and importlib.util.find_spec("mpi4py"):
         how["cluster_detection_method"] = "mpi4py"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "BMFT_LOCAL_PROCESSES" in os.environ:  # no proxy is in between
+        jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(**how)
     except ValueError as error:
@@ -240,11 +247,8 @@ def _variables():
 
 def _end_with_launcher():
     """SIGTERM for this process when bmft/launch.py, which would have passed one on, is killed."""
-    launcher = os.environ.get("BMFT_LAUNCHER")
-    if launcher and sys.platform == "linux":
+    if sys.platform == "linux" and os.environ.get("BMFT_LAUNCHER") == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(launcher):
-            raise Stopped("run.sh was killed; run the same command again")
 
 
 def _hush():

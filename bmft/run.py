@@ -115,7 +115,8 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
             write_whole(path / "config.json", json.dumps(record, indent=2) + "\n")
         if finished:
             print(f"{path} is a finished run: see {path / 'report.json'}")
-    _refuse_other_disk(path / "config.json")
+    if processes.several():
+        _refuse_other_disk(path / "config.json")
     return Run(path, finished, time.monotonic())
 
 
@@ -202,14 +203,17 @@ def _read_record(path):
 
 def _refuse_other_disk(file):
     """Raises Mistake if a process does not see a file that process 0 has written."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
-    first, *others = processes.exchange(digest)
-    for number, other in enumerate(others, start=1):
-        if other != first:
-            raise Mistake(
-                f"process {number} does not see the {file} of process 0: --workdir must be a "
-                "directory that all hosts share"
-            )
+
+    def digest():
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+
+    first = processes.from_first(digest)
+    seen = processes.exchange(digest() == first)
+    if not all(seen):
+        raise Mistake(
+            f"process {seen.index(False)} does not see the {file} of process 0: --workdir must be "
+            "a directory that all hosts share"
+        )
 
 
 def _refuse_other(path, old, new, may_differ, may_grow):

@@ -174,8 +174,12 @@ class Shared:
 
 def on_all_devices():
     """Arguments for `train` that lay the toy over all devices of all processes."""
-    mesh = jax.make_mesh((jax.device_count(), 1), ("data", "fsdp"))
-    state, frozen = jax.device_put((first_state(), make_frozen()), sharding.replicated(mesh))
+    mesh = sharding.mesh(base.get_config())
+    # device_put takes no typed key to devices of other processes.
+    spread = jax.jit(
+        lambda: (first_state(), make_frozen()), out_shardings=sharding.replicated(mesh)
+    )
+    state, frozen = spread()
     return {"state": state, "frozen": frozen, "batches": Shared(mesh)}
 
 
