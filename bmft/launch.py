@@ -27,7 +27,7 @@ from bmft import errors
 from bmft.errors import Mistake
 
 PREEMPTED = 75
-GRACE = 30  # seconds for the others to end by themselves, once one has ended early
+GRACE = 20  # seconds for the others to end by themselves, once one has ended early
 CPP = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ |\*\*\* |\s+@ +0x|\[Gloo\] ")
 CPP_NOTE = re.compile(r"W\d{4} .*preemption_notifier")
 # Where the trace of a lost process begins, and what ends one.
@@ -96,7 +96,7 @@ class _Attempt:
         self._several = count is not None
         variables = _local(count) if self._several else [{}]
         self._children = [
-            _Child(command, number, folder / f"{number}.log", variables[number], self._several)
+            _Child(command, number, folder / f"{number}.log", variables[number])
             for number in range(count or 1)
         ]
         if (count or 1) > 1:
@@ -128,7 +128,7 @@ class _Attempt:
     def _signal(self, number):
         for child in self._children:
             if child.running:
-                child.killed = number == signal.SIGKILL
+                child.killed = child.killed or number == signal.SIGKILL
                 child.process.send_signal(number)
 
     def _verdict(self, first):
@@ -164,9 +164,9 @@ class _Attempt:
 
 
 class _Child:
-    """A process, what it writes and how it ends. several: it is one of those started here."""
+    """A process, what it writes and how it ends."""
 
-    def __init__(self, command, number, log, variables, several):
+    def __init__(self, command, number, log, variables):
         self.number, self.log = number, log
         self.killed = self.said_error = False
         log.unlink(missing_ok=True)  # of the attempt before

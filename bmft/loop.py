@@ -20,6 +20,7 @@ that long from the start.
 
 import contextlib
 import dataclasses
+import itertools
 import resource
 import sys
 import time
@@ -297,7 +298,6 @@ class _Sigterm:
     def __init__(self):
         self._came = False
         self._agree = jax.process_count() > 1
-        self._asked = 0
 
     def __enter__(self):
         self._undo = (lambda: None) if self._agree else on_sigterm(self._note)
@@ -314,9 +314,11 @@ class _Sigterm:
     def requested(self):
         """Is the run to stop? Every process must ask equally often: they agree by that number."""
         if self._agree and not self._came:
-            self._asked += 1
-            self._came = multihost_utils.reached_preemption_sync_point(self._asked)
+            self._came = multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._came
+
+
+_asked = itertools.count(1)  # over all runs of a process: for JAX a number must not come again
 
 
 class _Compilations:

@@ -59,7 +59,7 @@ def test_two_processes_stopped_killed_and_continued_by_one(tmp_path, monkeypatch
     (line,) = errors  # of process 0 alone
     step = re.match("stopped: at step ([0-9]+) of 40, the state is saved in ", line)[1]
     assert 3 < int(step) < 30
-    assert [line for line in out if f"step {step}/40  train" in line]
+    assert len([line for line in out if "  train  " in line]) == int(step) // 5
     manifest = json.loads((together / "checkpoints" / step / "manifest.json").read_text())
     folders = {name.split("/")[1] for name in manifest["content"]["files"]}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= folders  # both have written
