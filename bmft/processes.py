@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import jax
 
@@ -211,7 +212,10 @@ def _initialize():
     if "BMFT_LOCAL_PROCESSES" in os.environ:  # no proxy is in between
         jax.config.update("jax_check_proxy_envs", False)
     try:
-        jax.distributed.initialize(**how)
+        with warnings.catch_warnings():
+            if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod that is one of several has it
+                warnings.filterwarnings("ignore", "Kubernetes environment")
+            jax.distributed.initialize(**how)
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
