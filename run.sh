@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# run.sh SCRIPT.py ARGS | run.sh -m MODULE ARGS
+# run.sh [--processes N] [--retries N] SCRIPT.py ARGS | run.sh [...] -m MODULE ARGS
 #
 # Runs Python with what bmft needs. The first use builds .venv, with the JAX for this machine; a
 # change of a requirements file builds it anew. PYTHON names the Python to build it with.
+#
+# It starts one process. On a TPU slice, or under SLURM or MPI, that is one of those of the
+# same run: call it once per host (SLURM, MPI: once per task). --processes N starts N on this
+# machine's CPU instead. --retries N starts again, N times at most, what ended with status 75.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 venv=$root/.venv
-usage='usage: run.sh SCRIPT.py ARGS | run.sh -m MODULE ARGS'
+usage='usage: run.sh [--processes N] [--retries N] SCRIPT.py ARGS | run.sh [...] -m MODULE ARGS'
 
 say() { printf 'run.sh: %s\n' "$1" >&2; }
 fail() { printf 'error: %s\n' "$1" >&2 && exit "$2"; }
@@ -68,6 +72,25 @@ build_venv() {
   say "built .venv in $SECONDS s"
 }
 
+in_cluster() { # is this process, as far as can be told here, one of several?
+  local numbers=${JAX_PROCESS_ID:-}${SLURM_PROCID:-}${OMPI_COMM_WORLD_RANK:-}${PMI_RANK:-}
+  [ "$build" = tpu ] || [ -n "$numbers" ]
+}
+
+launch=() # options of bmft.launch
+while :; do
+  case ${1:-} in
+    --processes=* | --retries=*) option=${1%%=*} value=${1#*=} && shift ;;
+    --processes | --retries)
+      option=$1 value=${2:-}
+      shift $(($# > 1 ? 2 : 1))
+      ;;
+    *) break ;;
+  esac
+  [[ $value =~ ^[0-9]{1,4}$ ]] || fail "$option takes a number, not '$value'; $usage" 2
+  launch+=("$option=$value")
+done
+
 case ${1:-} in
   -h | --help) echo "$usage" && exit ;;
   -m) [ $# -ge 2 ] || fail "no module; $usage" 2 ;;
@@ -98,4 +121,5 @@ if ! is_ready; then
 fi
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$venv/bin/python" "$@" # signals reach Python, and its exit status is ours
+[ ${#launch[@]} -gt 0 ] || in_cluster || exec "$venv/bin/python" "$@"
+exec "$venv/bin/python" -m bmft.launch ${launch[@]+"${launch[@]}"} -- "$@" # signals reach Python, and its exit status is ours

@@ -5,6 +5,10 @@
 
 The manifest is written last, so a directory without one was never complete. Orbax itself restores
 flipped bits without a word (measured: 25 of 25), hence the sums.
+
+Of several processes each writes what it holds, into the one directory that all of them share. The
+first one does the rest: it makes room, seals what all have written, removes what is old, and says
+which checkpoint is whole.
 """
 
 import concurrent.futures
@@ -23,6 +27,7 @@ import typing
 import jax
 import orbax.checkpoint as ocp
 
+from bmft import processes
 from bmft.errors import Mistake
 from bmft.run import cannot_write, warn, write_whole
 
@@ -81,6 +86,15 @@ class Checkpoints:
 
         Raises Mistake if there are complete ones and all are damaged, or of another base.
         """
+        found = processes.from_first(self._newest)
+        if found is None:
+            return None
+        step, progress, best_of = found
+        self._best_of = {int(one): best for one, best in best_of.items()}  # it came as JSON
+        return Saved(step, progress)
+
+    def _newest(self):
+        """[step, progress, {complete step: its best}] of the `newest`, or None."""
         passed, sealed = [], False
         for step in sorted(self._steps(), reverse=True):
             try:
@@ -92,8 +106,7 @@ class Checkpoints:
             for line in passed:
                 warn(f"{line}: going on from {self.shown / str(step)}")
             self._refuse_other_base(step, content)
-            self._best_of = {step: content["best"], **self._older(step)}
-            return Saved(step, content["progress"])
+            return [step, content["progress"], {step: content["best"], **self._older(step)}]
         if sealed:
             raise Mistake(f"{'; '.join(passed)}: no checkpoint is left to go on from")
         for line in passed:
@@ -109,16 +122,19 @@ class Checkpoints:
         """
         self.wait()
         where = self.shown / str(step)
-        try:
-            content = self._check(step)
-        except Damaged as damage:
-            raise Mistake(f"{where} {damage}") from None
-        _refuse_other_leaves(where, content["leaves"], _describe(like))
+        leaves = processes.from_first(lambda: self._leaves(step))
+        _refuse_other_leaves(where, leaves, _describe(like))
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
         path = self._path(step) / "state"
         return self._orbax.restore(path, args=ocp.args.StandardRestore(target))
+
+    def _leaves(self, step):
+        try:
+            return self._check(step)["leaves"]
+        except Damaged as damage:
+            raise Mistake(f"{self.shown / str(step)} {damage}") from None
 
     def last(self):
         """Words for the newest complete checkpoint of this run."""
@@ -144,12 +160,15 @@ class Checkpoints:
             "progress": progress,
             "leaves": _describe(state),
         }
+        first = processes.index() == 0
         if step in self._best_of:
-            content["files"] = self._read_manifest(step)["files"]
-            self._seal(step, content)
+            if first:
+                content["files"] = self._read_manifest(step)["files"]
+                self._seal(step, content)
+            self._note(step, best)
             return
         path = self._path(step)
-        if jax.process_index() == 0:
+        if first:  # the others wait for it in Orbax
             self._require_space(path, state)
             shutil.rmtree(path, ignore_errors=True)  # damaged, or never complete
         with self._failures(path):
@@ -166,28 +185,31 @@ class Checkpoints:
     def _finish(self, step, content):
         """In a thread of its own: once Orbax is done, seal the step and let go of older ones."""
         self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             content["files"] = _sums(self._path(step))
             self._seal(step, content)
-            self._prune(step)
+        self._note(step, content["best"])
 
     def _seal(self, step, content):
         sealed = {"content": content, "sha256": _digest(content)}
-        if jax.process_index() == 0:
-            write_whole(self._path(step) / "manifest.json", json.dumps(sealed))
-        self._best_of[step] = content["best"]
-        self._checked.pop(step, None)
+        write_whole(self._path(step) / "manifest.json", json.dumps(sealed))
 
-    def _prune(self, step):
-        """Remove all up to `step` that is neither among the newest, nor the best of one of them."""
+    def _note(self, step, best):
+        """A step is complete: remove what neither is among the newest nor the best of one of them.
+
+        A process other than the first notes it a little before, and leaves the files to that one.
+        """
+        self._best_of[step] = best
+        self._checked.pop(step, None)
         newest = sorted(self._best_of)[-self._keep :]
         kept = {*newest, *(self._best_of[one] for one in newest)}
-        for old in self._steps():
-            if old < step and old not in kept:
-                path = self._path(old)
-                (path / "manifest.json").unlink(missing_ok=True)  # first: no half of it is believed
-                shutil.rmtree(path, ignore_errors=True)
-                self._best_of.pop(old, None)
+        if processes.index() == 0:
+            for old in self._steps():
+                if old < step and old not in kept:
+                    path = self._path(old)
+                    (path / "manifest.json").unlink(missing_ok=True)  # first: no half is believed
+                    shutil.rmtree(path, ignore_errors=True)
+        self._best_of = {old: of for old, of in self._best_of.items() if old >= step or old in kept}
 
     # Helpers
 

@@ -21,7 +21,7 @@ import jax
 import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 by it
 import numpy as np
 
-from bmft import evaluate
+from bmft import evaluate, processes
 
 FORMAT = "bmft features 1"  # a new number leaves old files unread
 SPARE = 0.1  # share of the free disk that stays free
@@ -40,19 +40,33 @@ def obtain(outputs_of, variables, batches, cache, about):
     one = jax.eval_shape(outputs_of, variables, first)["features"]
     shape, dtype = (batches.examples, *one.shape[1:]), one.dtype
     found = _open(path, shape, dtype)
-    if found is not None:
+    # They are computed by all processes together, or by none: each may have a disk of its own.
+    if all(processes.exchange(found is not None)):
         return found
-    needed = math.prod(shape) * dtype.itemsize
+    missing = processes.exchange(_lacks_room(path.parent, math.prod(shape) * dtype.itemsize))
+    reason = next(filter(None, missing), None)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free * (1 - SPARE)
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+        if reason:
+            raise OSError(reason)
         _write(path, shape, dtype, outputs_of, variables, batches)
     except OSError as error:  # slower, not wrong
+        if not reason and processes.several():
+            raise  # the others are in the middle of it
         warnings.warn(f"features are not kept in {path.parent}: {error}", stacklevel=2)
         return None
     return _open(path, shape, dtype)
+
+
+def _lacks_room(folder, needed):
+    """Why `folder` cannot take so many bytes, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free * (1 - SPARE)
+    except OSError as error:
+        return str(error)
+    if needed > free:
+        return f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+    return None
 
 
 def _write(path, shape, dtype, outputs_of, variables, batches):

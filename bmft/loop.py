@@ -20,6 +20,7 @@ that long from the start.
 
 import contextlib
 import dataclasses
+import itertools
 import resource
 import sys
 import time
@@ -28,7 +29,7 @@ import typing
 import jax
 from jax.experimental import multihost_utils
 
-from bmft import tree
+from bmft import processes, tree
 from bmft.checkpoint import Checkpoints
 from bmft.errors import Mistake, Stopped, on_sigterm
 from bmft.log import Log
@@ -72,7 +73,7 @@ def run(
         _Sigterm() as stop,
         _Compilations() as compilations,
         _open_checkpoints(config, run, fingerprint) as checkpoints,
-        Log(run.path if jax.process_index() == 0 else None, config.log, plan.total) as log,
+        Log(run.path if processes.index() == 0 else None, config.log, plan.total) as log,
     ):
         state, progress = _restore(checkpoints, state, metric)
         log.begin(progress.step, progress.evaluated)
@@ -242,7 +243,7 @@ def _steps(step, state, at, until, stop):
     runs, so the device does not wait for the host. At the end the last ones follow.
     """
     late = None
-    while at < until and not stop.at(at):
+    while at < until and not stop.requested():
         state, metrics = step(state, at)
         yield state, late
         late = metrics
@@ -290,8 +291,8 @@ class _Interrupted(BaseException):
 class _Sigterm:
     """Takes note of SIGTERM, so that a run stops where its state is whole; a context manager.
 
-    Several processes agree on the step through JAX's preemption service. It has the signal then, if
-    jax.distributed.initialize was called after `errors.command` took it: inside of its `main`.
+    Several processes agree on the moment through JAX's preemption service. It has the signal then,
+    as jax.distributed.initialize was called after `errors.command` took it (bmft/processes.py).
     """
 
     def __init__(self):
@@ -310,15 +311,14 @@ class _Sigterm:
     def _note(self, signum, frame):
         self._came = True
 
-    def at(self, step):
-        """Is the run to stop after so many steps? To be asked once at each, by every process."""
-        if self._agree:
-            self._came |= multihost_utils.reached_preemption_sync_point(step)
+    def requested(self):
+        """Is the run to stop? Every process must ask equally often: they agree by that number."""
+        if self._agree and not self._came:
+            self._came = multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._came
 
-    def requested(self):
-        """Is the run to stop?"""
-        return self._came
+
+_asked = itertools.count(1)  # over all runs of a process: for JAX a number must not come again
 
 
 class _Compilations:

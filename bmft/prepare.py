@@ -4,6 +4,7 @@ tables -> task -> model -> methods -> fit(...)          see experiments/glue_lor
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bmft import evaluate, export, models, optim, peft, quantize, sharding, tasks, train, tree
+from bmft import (
+    evaluate,
+    export,
+    models,
+    optim,
+    peft,
+    processes,
+    quantize,
+    sharding,
+    tasks,
+    train,
+    tree,
+)
 from bmft.activations import within
 from bmft.config import signature
 from bmft.data import text
@@ -158,6 +171,8 @@ def batches(config, model, methods, task, tables, mesh):
         for split, table in tables.items()
     }
     models.check_ids(max(int(found.tokens.max()) for found in encoded.values()), model)
+    sums = {split: [len(e.lengths), zlib.crc32(e.tokens)] for split, e in encoded.items()}
+    processes.refuse_other({"examples and their checksum": sums})
     shown = task.show(encoded["train"], tokenizer) if task.show else None
     encoded = {split: found.behind(virtual) for split, found in encoded.items()}
     rows = sharding.rows(mesh)
@@ -299,6 +314,9 @@ def fit(config, model, methods, mesh, steps, shared=None):
     tx, schedules = optim.make(config, labels, steps, masks, never)
     state = train.init_state(moving, tx, state_key, stats, begin)
     _check_identity(apply, train.variables(state, frozen), model, methods)
+    # To devices of other processes, device_put takes no typed key.
+    spread = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1)
+    state = state._replace(key=spread(state.key, whole))
     state = jax.device_put(state, train.shardings(state, whole))
     rows = _table(variables, labels, stats)
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmft import evaluate, features, models, peft, prepare, sharding, tasks, train
+from bmft import evaluate, features, models, peft, prepare, processes, sharding, tasks, train
 from bmft.activations import within
 from bmft.config import signature
 from bmft.data import image_sources, images
@@ -194,6 +194,7 @@ def standardized(model, how):
 def batches(config, problem, mesh):
     """{split: ImageBatches}: shuffled and in parts for train, in order for the others."""
     task, how = problem.task, problem.preprocessor
+    processes.refuse_other({"images": {split: t.size for split, t in problem.tables.items()}})
     for split, table in problem.tables.items():
         print(f"{split}: {table.size:,} images" + "".join(f"; {note}" for note in table.notes))
     found = {

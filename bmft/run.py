@@ -26,8 +26,7 @@ import subprocess
 import sys
 import time
 
-import jax
-
+from bmft import processes
 from bmft.config import difference, to_json
 from bmft.errors import Mistake
 
@@ -59,13 +58,13 @@ class Run:
         """
         if missing := [name for name in REPORT if name not in report]:
             raise KeyError(f"a report needs {', '.join(missing)}")
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             write_whole(self.path / "report.json", json.dumps(finite(report), indent=2) + "\n")
 
     @contextlib.contextmanager
     def lock(self):
         """Keeps a second process from the same run. The system drops the lock of a killed one."""
-        if jax.process_index() != 0:
+        if processes.index() != 0:
             yield
             return
         folder = os.open(self.path, os.O_RDONLY)
@@ -88,7 +87,8 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
     config: the resolved config (`bmft.config.Config.config`); name: the experiment's; fingerprint:
     text that identifies the base's file. Raises Mistake if the directory holds another run (with
     the keys that differ; those of `may_differ` may, and train.steps may grow where it `may_grow`)
-    or cannot be used.
+    or cannot be used; if one of several processes has another config or base than the first, or
+    another disk.
     """
     path = pathlib.Path(workdir)
     record = {
@@ -98,6 +98,8 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
         "versions": _versions(),
         "commit": _commit(),
     }
+    alike = {key: record[key] for key in ("experiment", "base_fingerprint")} | record["config"]
+    processes.refuse_other(alike)
     found = _read_record(path)
     if not any((path / trace).exists() for trace in TRACES):
         found = None  # a mistake ended it before anything was computed: there is nothing to mix
@@ -105,13 +107,16 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
     if found is not None:
         grown = _refuse_other(path, found, record, may_differ, may_grow)
     finished = found is not None and not grown and (path / "report.json").is_file()
-    if jax.process_index() == 0:
+    processes.exchange(None)  # all have read what process 0 now changes
+    if processes.index() == 0:
         if grown:  # before the config changes: killed in between, it is still a run to continue
             _remove(path / "report.json")
         if found is None or found["config"] != record["config"]:
             write_whole(path / "config.json", json.dumps(record, indent=2) + "\n")
         if finished:
             print(f"{path} is a finished run: see {path / 'report.json'}")
+    if processes.several():
+        _refuse_other_disk(path / "config.json")
     return Run(path, finished, time.monotonic())
 
 
@@ -160,8 +165,9 @@ def cannot_write(path, error):
 
 
 def warn(text):
-    """Print a warning line to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    """Print a warning line to stderr; only the first of several processes does."""
+    if processes.index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def finite(value):
@@ -193,6 +199,21 @@ def _read_record(path):
         raise Mistake(f"{file} is damaged ({error}): choose another --workdir") from error
     except OSError as error:
         raise Mistake(f"cannot read {file}: {error.strerror}") from error
+
+
+def _refuse_other_disk(file):
+    """Raises Mistake if a process does not see a file that process 0 has written."""
+
+    def digest():
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+
+    first = processes.from_first(digest)
+    seen = processes.exchange(digest() == first)
+    if not all(seen):
+        raise Mistake(
+            f"process {seen.index(False)} does not see the {file} of process 0: --workdir must be "
+            "a directory that all hosts share"
+        )
 
 
 def _refuse_other(path, old, new, may_differ, may_grow):

@@ -12,7 +12,6 @@ command goes on where it was stopped, within a run, too.
     WORKDIR/runs/lora_r8-0/    of method and seed: config.json, metrics.jsonl, curves.png
 """
 
-import os
 import pathlib
 import shutil
 import statistics
@@ -23,7 +22,19 @@ import jax
 import numpy as np
 from ml_collections.config_dict import FrozenConfigDict
 
-from bmft import comparison, errors, evaluate, loop, models, peft, prepare, sharding, train, tree
+from bmft import (
+    comparison,
+    errors,
+    evaluate,
+    loop,
+    models,
+    peft,
+    prepare,
+    processes,
+    sharding,
+    train,
+    tree,
+)
 from bmft.config import read
 from bmft.data import sources
 from bmft.errors import Mistake
@@ -46,7 +57,7 @@ def main(argv):
     settings = read(argv, default="configs/compare_methods.py", groups=groups)
     config = settings.config
     check(settings)
-    sharding.use_all_cores(os.cpu_count())
+    sharding.use_all_cores(processes.cores())
     mesh = sharding.mesh(config)
 
     # What to learn, and all that is compared: a mistake in a method comes before the first run.
@@ -305,4 +316,4 @@ class Report:
 
 
 if __name__ == "__main__":
-    raise SystemExit(errors.command(main))
+    raise SystemExit(errors.command(processes.joined(main)))

@@ -8,9 +8,7 @@ Settings, hardware, time and expected score: configs/glue_lora.py. Fork this fil
 experiment: what a run does is in `main`, from top to bottom.
 """
 
-import os
-
-from bmft import errors, evaluate, log, loop, models, prepare, sharding, train, tree
+from bmft import errors, evaluate, log, loop, models, prepare, processes, sharding, train, tree
 from bmft.config import read
 from bmft.data import glue, sources
 from bmft.models import weights
@@ -23,7 +21,7 @@ NAME = "glue_lora"
 def main(argv):
     settings = read(argv, default="configs/glue_lora.py", groups=prepare.groups)
     config = settings.config
-    sharding.use_all_cores(os.cpu_count())
+    sharding.use_all_cores(processes.cores())
     mesh = sharding.mesh(config)
 
     # What to learn, and from which pretrained model. Nothing heavy is read yet.
@@ -95,4 +93,4 @@ def finish(run, fit, outcome):
 
 
 if __name__ == "__main__":
-    raise SystemExit(errors.command(main))
+    raise SystemExit(errors.command(processes.joined(main)))

@@ -10,10 +10,20 @@ step; in running statistics, which are part of the state; and in features of a f
 which are computed once. Settings, hardware, time and expected score: configs/digits_vgg.py.
 """
 
-import os
 import pathlib
 
-from bmft import errors, evaluate, log, loop, prepare, prepare_images, sharding, train, tree
+from bmft import (
+    errors,
+    evaluate,
+    log,
+    loop,
+    prepare,
+    prepare_images,
+    processes,
+    sharding,
+    train,
+    tree,
+)
 from bmft.config import read
 from bmft.progress import total_steps
 from bmft.run import default_workdir, open_run, write_whole
@@ -25,7 +35,7 @@ NAME = "image_classification"
 def main(argv):
     settings = read(argv, default="configs/digits_vgg.py", groups=prepare_images.groups)
     config = settings.config
-    sharding.use_all_cores(os.cpu_count())
+    sharding.use_all_cores(processes.cores())
     mesh = sharding.mesh(config)
 
     # What to learn, and from which pretrained model. No weights are read yet.
@@ -113,4 +123,4 @@ def finish(run, fit, outcome):
 
 
 if __name__ == "__main__":
-    raise SystemExit(errors.command(main))
+    raise SystemExit(errors.command(processes.joined(main)))

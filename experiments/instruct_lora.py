@@ -10,11 +10,22 @@ Settings, hardware, time: configs/instruct_lora.py. What a run does is in `main`
 """
 
 import json
-import os
 
 import jax
 
-from bmft import errors, evaluate, log, loop, models, prepare, sharding, train, tree, writing
+from bmft import (
+    errors,
+    evaluate,
+    log,
+    loop,
+    models,
+    prepare,
+    processes,
+    sharding,
+    train,
+    tree,
+    writing,
+)
 from bmft.config import read
 from bmft.data import dialog_sources
 from bmft.models import weights
@@ -28,7 +39,7 @@ NAME = "instruct_lora"
 def main(argv):
     settings = read(argv, default="configs/instruct_lora.py", groups=groups)
     config, how = settings.config, writing.settings(settings.config.generate)
-    sharding.use_all_cores(os.cpu_count())
+    sharding.use_all_cores(processes.cores())
     mesh = sharding.mesh(config)
 
     # What to learn, and from which language model. Nothing heavy is read yet.
@@ -136,4 +147,4 @@ def finish(run, task, fit, outcome, samples, before, after):
 
 
 if __name__ == "__main__":
-    raise SystemExit(errors.command(main))
+    raise SystemExit(errors.command(processes.joined(main)))

@@ -4,7 +4,10 @@
 
 A small network learns a random function; its first layer is frozen but for a low-rank update, and
 dropout is on, so that a wrong key shows. `kill` names a moment: `step 7`, `evaluation 20` (by the
-state's step), `seal 20` (Orbax is done, the manifest is not written).
+state's step), `seal 20` (Orbax is done, the manifest is not written); "victim": which one of
+several processes is killed, if it is not the first. `mistake` and `fault` name a step, too.
+
+Several processes hold the state of one, and split the rows of each batch.
 """
 
 import json
@@ -21,7 +24,7 @@ import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
-from bmft import checkpoint, errors, loop
+from bmft import checkpoint, errors, evaluate, loop, processes, sharding
 from bmft.run import open_run
 from configs import base
 
@@ -119,13 +122,13 @@ def errors_of(moving, frozen, batch):
     return jnp.abs(predict(moving, frozen, batch["inputs"]) - batch["labels"])
 
 
-def evaluate(state, frozen, split, stop):
+def assess(state, frozen, split, stop, batches=None):
     found = []
     for number in range(3):
         if stop():
             return None
-        batch = Batches().at((10_000 if split == "validation" else 20_000) + number)
-        found.append(np.asarray(errors_of(state.moving, frozen, batch)))
+        batch = (batches or Batches()).at((10_000 if split == "validation" else 20_000) + number)
+        found.append(np.asarray(evaluate.gather(errors_of(state.moving, frozen, batch))))
     found = np.concatenate(found)
     return {"loss": float((found**2).mean()), "within": float((found < 0.5).mean())}
 
@@ -138,7 +141,7 @@ def train(workdir, config, **replaced):
         "frozen": make_frozen(),
         "step": step,
         "batches": Batches(),
-        "evaluate": evaluate,
+        "evaluate": assess,
         "metric": ("loss", "min"),
         "labels": LABELS,
         "fingerprint": FINGERPRINT,
@@ -155,29 +158,65 @@ def leaves(state):
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes().hex() for path, leaf in flat}
 
 
+class Shared:
+    """`Batches`, of which each process makes its own rows, and the devices share them."""
+
+    def __init__(self, mesh):
+        self._put = sharding.put_batch(mesh)
+
+    def __getattr__(self, name):
+        return getattr(Batches, name)
+
+    def at(self, step):
+        count, here = jax.process_count(), jax.process_index()
+        return self._put({k: np.split(v, count)[here] for k, v in Batches().at(step).items()})
+
+
+def on_all_devices():
+    """Arguments for `train` that lay the toy over all devices of all processes."""
+    mesh = sharding.mesh(base.get_config())
+    # device_put takes no typed key to devices of other processes.
+    spread = jax.jit(
+        lambda: (first_state(), make_frozen()), out_shardings=sharding.replicated(mesh)
+    )
+    state, frozen = spread()
+    return {"state": state, "frozen": frozen, "batches": Shared(mesh)}
+
+
 def main(argv):
     """A session as a program: the leaves it ends with are in leaves.json."""
     workdir, overrides, options = argv[0], json.loads(argv[1]), json.loads(argv[2])
-    kind, _, moment = options.get("kill", "").partition(" ")
+    is_victim = jax.process_index() == options.get("victim", 0)
 
-    def die(at, what):
-        if kind == what and int(moment) == int(at):
+    def happens(what, kind, at):
+        return is_victim and options.get(what) == f"{kind} {int(at)}"
+
+    def die(kind, at):
+        if happens("kill", kind, at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def slow_step(state, frozen, batch):
         time.sleep(options.get("sleep", 0.0))
-        die(state.step, "step")
+        die("step", state.step)
+        if happens("mistake", "step", state.step):
+            raise errors.Mistake("the toy's own mistake")
+        if happens("fault", "step", state.step):
+            raise ZeroDivisionError("the toy's own fault")
+        if happens("terminate", "step", state.step):
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(state, frozen, batch)
 
-    def slow_evaluate(state, frozen, split, stop):
+    laid = on_all_devices() if jax.process_count() > 1 else {}
+
+    def slow_assess(state, frozen, split, stop):
         time.sleep(options.get("sleep", 0.0))
-        die(state.step, "evaluation")
-        return evaluate(state, frozen, split, stop)
+        die("evaluation", state.step)
+        return assess(state, frozen, split, stop, laid.get("batches"))
 
     seal = checkpoint.Checkpoints._seal
 
     def deadly_seal(self, at, content):
-        die(at, "seal")
+        die("seal", at)
         seal(self, at, content)
 
     checkpoint.Checkpoints._seal = deadly_seal
@@ -185,10 +224,13 @@ def main(argv):
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if is_victim:
+        overrides |= options.get("victim's", {})
     config = make_config(**overrides)
-    outcome = train(workdir, config, step=slow_step, evaluate=slow_evaluate)
-    pathlib.Path(workdir, "leaves.json").write_text(json.dumps(leaves(outcome.state)))
+    outcome = train(workdir, config, step=slow_step, evaluate=slow_assess, **laid)
+    if jax.process_index() == 0:
+        pathlib.Path(workdir, "leaves.json").write_text(json.dumps(leaves(outcome.state)))
 
 
 if __name__ == "__main__":
-    sys.exit(errors.command(main))
+    sys.exit(errors.command(processes.joined(main)))

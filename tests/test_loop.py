@@ -155,7 +155,7 @@ def test_a_row_has_the_last_learning_rate_not_its_mean(tmp_path):
 
 def test_metrics_of_a_step_are_fetched_while_the_next_one_runs():
     class Never:
-        def at(self, step):
+        def requested(self):
             return False
 
     made = []
@@ -267,7 +267,7 @@ def terminating_evaluation(evaluate, when, batch):
     ],
 )
 def test_terminated(tmp_path, whole, moment, saved):
-    step, evaluate = loop_toy.step, loop_toy.evaluate
+    step, evaluate = loop_toy.step, loop_toy.assess
     words = moment.split()
     if words[0] == "step":
         step = terminating(step, int(words[1]))

@@ -14,6 +14,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+USAGE = "usage: run.sh [--processes N] [--retries N] SCRIPT.py ARGS | run.sh [...] -m MODULE ARGS"
 BUILDS = ("cuda12", "cuda13", "tpu", "dev")
 
 # Notes its arguments; `-m venv DIR` makes DIR/bin/python of it, as the real one would.
@@ -79,10 +80,13 @@ def installed(calls):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "no script; usage: run.sh SCRIPT.py ARGS | run.sh -m MODULE ARGS"),
+        ([], f"no script; {USAGE}"),
         (["-c", "print(1)"], "no script; usage: "),
         (["-m"], "no module; usage: "),
         (["experiments/none.py"], "no script 'experiments/none.py', neither here nor in "),
+        (["--retries=3"], "no script; usage: "),
+        (["--processes", "two", "a.py"], "--processes takes a number, not 'two'; usage: "),
+        (["--retries"], "--retries takes a number, not ''; usage: "),
     ],
 )
 def test_wrong_usage(house, argv, says):
@@ -93,7 +97,7 @@ def test_wrong_usage(house, argv, says):
 
 def test_help(house):
     assert house.run("--help")[0] == 0
-    assert house.stdout == "usage: run.sh SCRIPT.py ARGS | run.sh -m MODULE ARGS\n"
+    assert house.stdout == USAGE + "\n"
 
 
 def test_no_suitable_python(house):
@@ -128,6 +132,19 @@ def test_a_failed_or_interrupted_build_begins_anew(house):
 
     (house.root / ".venv" / "bin" / "python").unlink()
     assert "building .venv" in house.run("-m", "module")[1][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "says"),
+    [
+        (["--processes", "2", "--retries=3"], {}, "--processes=2 --retries=3 "),
+        ([], {"SLURM_PROCID": "0"}, ""),
+        ([], {"JAX_PROCESS_ID": "1"}, ""),
+    ],
+)
+def test_several_processes_and_new_starts_are_watched_over(house, options, given, says):
+    _, _, calls = house.run(*options, "-m", "module", "--processes=9", **given)
+    assert calls[-1] == f"-m bmft.launch {says}-- -m module --processes=9"
 
 
 @pytest.mark.parametrize("module", ["pytest", "ruff"])
