@@ -82,9 +82,9 @@ def find(config, mesh, platform, told=Told()):  # noqa: B008 - it never changes
     return Abstract(config, task, model, mesh, fit, methods, batch, tokens, not present)
 
 
-def with_remat(found, remat):
-    """The same `Abstract` with another policy of what is computed again."""
-    module = found.fit.module.clone(remat=remat)
+def with_module(found, **changes):
+    """The same `Abstract` with fields of the model's module changed: remat, unroll, ..."""
+    module = found.fit.module.clone(**changes)
     apply = peft.attach(found.methods, found.model._replace(module=module)).apply
     return found._replace(fit=found.fit._replace(apply=apply, module=module))
 

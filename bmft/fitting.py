@@ -99,7 +99,7 @@ def _operations(found):
     rows = len(_rows(found.batch))
     made = {}
     for remat in REMAT:
-        step, arguments = abstract.with_remat(found, remat).program()
+        step, arguments = abstract.with_module(found, remat=remat).program()
         made[remat] = operations.count(step.trace(*arguments).jaxpr).products / rows
     return made
 

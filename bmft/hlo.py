@@ -9,7 +9,7 @@ often. Of a loop that is none such, the body counts once and `module.unknown` is
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "s2": 0.25, "u2": 0.25}
 CALLS = r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -130,7 +130,7 @@ def trips(computations, callees):
         body = {one.name: one for one in computations[name]}
         root = next(one for one in body.values() if one.is_root)
         compare = _comparison(computations, root)
-        if compare is None:
+        if compare is None or [one.dtype for one in root.arrays] != ["pred"]:
             continue
         bounds = [body[name] for name in root.operands if body[name].opcode == "constant"]
         found = re.match(r"(\d+)\)", bounds[0].text) if bounds else None
@@ -141,9 +141,7 @@ def trips(computations, callees):
 
 def _comparison(computations, root):
     """The compare that an instruction is, or has fused; None where there is none."""
-    if root.arrays[:1] != (Array("pred", (), root.arrays[0].space),) if root.arrays else True:
-        return None
     if root.opcode == "compare":
         return root
-    inner: Any = [one for name in root.callees for one in computations.get(name, ())]
+    inner = (one for name in root.callees for one in computations.get(name, ()))
     return next((one for one in inner if one.opcode == "compare"), None)

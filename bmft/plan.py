@@ -117,8 +117,9 @@ def _topology(where):
 def _notes(config, found):
     notes = []
     if found.without_weights:
-        heads = ", ".join(found.model.heads) or "nothing"
-        notes.append(f"no weights are here; assumed: their files lack {heads}, no more")
+        lack = ", ".join(found.model.heads)
+        lack = f"{lack} alone" if lack else "nothing"
+        notes.append(f"no weights are here; assumed: their files lack {lack}")
     if found.tokens:
         notes.append("assumed: all examples are as long as one another")
     if config.task.name == abstract.IMAGES:
@@ -153,7 +154,7 @@ def _arguments(found):
 
 def _without_remat(found):
     """Products of the same step where nothing is computed twice."""
-    step, arguments = abstract.with_remat(found, "none").program()
+    step, arguments = abstract.with_module(found, remat="none").program()
     return operations.count(step.trace(*arguments).jaxpr).products
 
 

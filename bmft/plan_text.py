@@ -40,7 +40,7 @@ def _plain(about):
 
 def axes(leaf):
     """By which axes of the mesh each axis of a leaf is split: `-,fsdp,tensor`; whole: `-`."""
-    spec = [one for one in leaf.sharding.spec]
+    spec = list(leaf.sharding.spec)
     names = [
         "-" if one is None else "+".join([one] if isinstance(one, str) else one) for one in spec
     ]
