@@ -6,6 +6,7 @@ fsdp, of links, is known from shapes; in the order of that bound they are compil
 be faster than the best that fits, or MOST have been.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 from ml_collections.config_dict import ConfigDict, FrozenConfigDict
@@ -24,6 +25,10 @@ class Candidate(NamedTuple):
     batch_size: int
     remat: str
     bound: float  # examples a second that it cannot exceed
+
+    def __str__(self):
+        mesh = "x".join(map(str, self.mesh))
+        return f"mesh {mesh}, batch {self.batch_size}, remat {self.remat}"
 
     def config(self, config):
         """The config with what the candidate changes."""
@@ -112,7 +117,7 @@ def _candidates(config, first, shapes, where, each):
     """The candidates of one mesh with their bounds."""
     chip, made = where.chip, []
     rows = len(_rows(shapes.found.batch))
-    multiple = first.mesh[0] * first.mesh[1]
+    multiple = first.mesh[0] * first.mesh[1] * config.train.accumulate
     for times in DOUBLES:
         # Twice the examples need twice the rows, but for what was rounded up to the chips.
         padded = -(-rows * times // multiple) * multiple
@@ -135,6 +140,7 @@ def _compile(candidates, config, where, told, make, rows):
             break
         if any(_asks_more(one, other) for other in large):
             continue
+        print(f"compiling {one}", file=sys.stderr, flush=True)  # takes a while each
         plan, count = make(one.config(config), where, told), count + 1
         if not plan["fits"]:
             large.append(one)

@@ -15,6 +15,7 @@ What data would say is told: --examples of an epoch, --classes where no task.lab
 import json
 import os
 import time
+from pathlib import Path
 
 import jax
 
@@ -29,7 +30,7 @@ from bmft import (
     sharding,
     topology,
 )
-from bmft.config import read
+from bmft.config import ROOT, read
 from bmft.errors import Mistake, Parser, command
 
 DEFAULT = "configs/glue_lora.py"
@@ -46,7 +47,9 @@ def main(argv):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise Mistake(f"--{name}={value:g}: needs a number above 0")
-    shown = settings.file + (f":{settings.variant}" if settings.variant else "")
+    file = Path(settings.file)
+    shown = str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+    shown += f":{settings.variant}" if settings.variant else ""
     if options.fit:
         tried = fitting.search(settings.config, where, told, make)
         found = {"tried": tried.rows} | (tried.best or {})

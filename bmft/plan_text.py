@@ -142,10 +142,9 @@ def _estimate(plan):
     )
     lines = [f"estimate: bound by {found['bound_by']} ({parts})"]
     lines.append(f"  {'':<22} {'best':>12} {'worst':>12}")
-    for name, value in found["best"].items():
+    for name in found["best"]:
         both = (f"{number(one[name], name):>12}" for one in (found["best"], found["worst"]))
         lines.append(f"  {name.replace('_', ' '):<22} {' '.join(both)}")
-        del value
     if plan["topology"]["platform"] == "gpu":
         lines.append("  not compiled: memory's traffic is the arguments alone, links carry nothing")
     return "\n".join([*lines, *(f"  assumed: {one}" for one in plan["assumptions"])])
@@ -159,7 +158,8 @@ def _tried(rows):
         + (number(row["rate"], "") if row["rate"] else "",)
         for row in rows
     ]
-    return "tried:\n" + table([titles, *cells], right=1)
+    last = "" if any(row["outcome"] == "fits" for row in rows) else "\nnone of them fits"
+    return "tried:\n" + table([titles, *cells], right=1) + last
 
 
 # --- numbers and columns ---------------------------------------------------------------------

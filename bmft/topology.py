@@ -79,17 +79,15 @@ def find(name):
 
 def _nearest(name):
     """What to say of an unknown name; v5e-16 and its like are what gcloud calls a slice."""
-    found = re.fullmatch(r"(v5litepod|v5e|v6e|v5p)[-:x]?(\d+)", name)
-    if found:
-        kind, count = found[1].replace("v5litepod", "v5e"), int(found[2])
-        count = count // 2 if kind == "v5p" else count  # gcloud counts a v5p's cores
-        shapes = {_size(shape): shape for shape in SLICES[kind]}
-        close = min(shapes, key=lambda size: (abs(size - count), size))
-        return f"did you mean '{kind}:{shapes[close]}'?"
-    kind = name.partition(":")[0]
-    if kind in SLICES:
-        return nearest(name, [f"{kind}:{shape}" for shape in SLICES[kind]])
-    return nearest(name, NAMES)
+    found = re.fullmatch(r"(v5litepod|v5e|v6e|v5p)[-:x]?(\d+(?:x\d+)*)", name)
+    if not found:
+        return nearest(name, NAMES)
+    kind, shape = found[1].replace("v5litepod", "v5e"), found[2]
+    count = _size(shape)
+    if kind == "v5p" and "x" not in shape:
+        count //= 2  # gcloud counts its cores, two a chip
+    close = min(SLICES[kind], key=lambda one: abs(_size(one) - count))
+    return f"did you mean '{kind}:{close}'?"
 
 
 def _size(shape):

@@ -122,8 +122,9 @@ def test_traffic_of_a_program():
     gathered, reduced = sorted(collectives.collectives(module))
     assert gathered == ("all-gather", 5, 5 * 128, 5 * 128 * 3 / 4)  # once, though written twice
     assert reduced == ("all-reduce", 1, 24, 24)  # of pairs: 2 (2 - 1) / 2
-    # Each turn a slice of w is read, all else is on the chip; the sum is read and written.
-    assert collectives.moved(module) == 5 * (64 + 4) + 2 * 24
+    # Each turn a slice of w is read with its index, and the condition compares two numbers; all
+    # else is on the chip. The sum is read and written.
+    assert collectives.moved(module) == 5 * (64 + 4 + 9) + 2 * 24
 
 
 def test_groups_in_every_spelling():
