@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bmft import peft, prepare, prepare_images, sharding, tasks, writing
+from bmft.activations import ROWS, within
 from bmft.config import signature
 from bmft.data import dialog_sources, glue
 from bmft.data.batches import row_length
@@ -86,6 +88,7 @@ def with_module(found, **changes):
     """The same `Abstract` with fields of the model's module changed: remat, unroll, ..."""
     module = found.fit.module.clone(**changes)
     apply = peft.attach(found.methods, found.model._replace(module=module)).apply
+    apply = within(found.mesh, apply)
     return found._replace(fit=found.fit._replace(apply=apply, module=module))
 
 
@@ -183,7 +186,7 @@ def _image_batch(config, task, how, mesh):
 
 
 def _shapes(arrays, mesh):
-    rows = NamedSharding(mesh, sharding.ROWS)
+    rows = NamedSharding(mesh, P(ROWS))
     return {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
         for name, array in arrays.items()

@@ -13,7 +13,8 @@ from bmft.errors import Mistake, nearest
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block"),
+    "model.storage": ("float32", "bfloat16"),
+    "model.remat": ("none", "block", "dots_saveable", "dots_with_no_batch_dims_saveable"),
     "optim.name": ("adamw", "sgd", "adafactor", "lion"),
     "optim.schedule": ("linear", "cosine", "constant"),
 }

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmft import quantize
+from bmft import activations, quantize
 
 # What differs by layer in a scanned stack: base parameters, a method's leaves and constants.
 STACKED = {"params": 0, "quant": 0, "peft": 0, "peft_const": 0}
@@ -53,8 +53,9 @@ def _shapes(module, inputs):
 
 
 def scan_layers(
-    block, x, broadcast, own=(), *, depth, unroll=1, remat=False, frozen_below=0, begin=0, end=None
-):
+    block, x, broadcast, own=(), *,
+    depth, unroll=1, remat="none", frozen_below=0, begin=0, end=None,
+):  # fmt: skip
     """x after `depth` layers of `block(x, broadcast, *own) -> x`, one stacked tree and one compiled
     body. Of the arrays `own` [l, ...] (an attention's windows) each layer has its row.
 
@@ -69,7 +70,7 @@ def scan_layers(
 
     def stack(block, x, own, length):
         scan = nn.scan(
-            nn.remat(layer, prevent_cse=False) if remat else layer,
+            rematerialised(layer, remat, prevent_cse=False),
             variable_axes=STACKED,
             split_rngs=STREAMS,
             in_axes=(nn.broadcast, 0),
@@ -94,6 +95,15 @@ def scan_layers(
     if begin < split:
         x = jax.lax.stop_gradient(piece(x, begin, split))
     return piece(x, split, end) if split < end else x
+
+
+def rematerialised(target, how, **options):
+    """A module's class or function of which the backward pass computes again: nothing if `how` is
+    none; all if it is block; else all but what the jax.checkpoint_policies called so saves."""
+    if how == "none":
+        return target
+    policy = None if how == "block" else getattr(jax.checkpoint_policies, how)
+    return nn.remat(target, policy=policy, **options)
 
 
 def param(module, name, init, shape):
@@ -149,7 +159,7 @@ class Dense(nn.Module):
         y = product(x, kernel, self.dtype)
         if self.use_bias:
             y += param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
+        return activations.rows(y)
 
 
 class Embed(nn.Module):
@@ -163,7 +173,8 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids):
         table = param(self, "embedding", nn.initializers.normal(0.02), (self.rows, self.features))
-        return table.astype(self.dtype)[ids] * jnp.asarray(self.scale, self.dtype)
+        found = table.astype(self.dtype)[ids] * jnp.asarray(self.scale, self.dtype)
+        return activations.rows(found)
 
 
 def _normalise(module, x):
@@ -199,7 +210,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, output, stream):
-        return _normalise(self, output + stream)
+        return _normalise(self, activations.rows(output + stream))
 
 
 class PreNorm(nn.Module):
@@ -225,7 +236,7 @@ class PreNorm(nn.Module):
 
     @nn.compact
     def __call__(self, output, stream):
-        return output + stream
+        return activations.rows(output + stream)
 
 
 class KeysValues(nn.Module):
@@ -286,22 +297,6 @@ class MLP(nn.Module):
 
 
 # --- images ----------------------------------------------------------------------------------
-
-
-def standardize(images, how, mean, std):
-    """float32 [b, y, x, 3] of images: uint8, or float in [0, 1].
-
-    how: `model` or `dataset`: less `mean` [3], over `std` [3]; `image`: each image less its own
-    mean, over its own standard deviation, which is at least 1/sqrt of its numbers, so that an even
-    image is no division by zero.
-    """
-    if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 255
-    if how != "image":
-        return (images - jnp.array(mean)) / jnp.array(std)
-    centred = images - images.mean((1, 2, 3), keepdims=True)
-    deviation = images.std((1, 2, 3), keepdims=True)
-    return centred / jnp.maximum(deviation, math.prod(images.shape[1:]) ** -0.5)
 
 
 def convolve(x, kernel, conv, groups=None):

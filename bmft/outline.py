@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bmft import optim, peft, quantize, sharding, train, tree
+from bmft.activations import within
 from bmft.models import weights
 
 
@@ -40,8 +41,12 @@ class Fit(NamedTuple):
         return sum(row[-1] for row in self.rows)
 
 
-def expected(model, mesh, methods=(), quantize=None, files=None):
-    """`weights.expected` of the base: in the model's dtype, but for what stays exact or moves."""
+def expected(model, mesh, methods=(), quantize=None, storage=None, files=None):
+    """`weights.expected` of the base: in the model's dtype, but for what stays exact or moves.
+
+    quantize, storage: those of config.model.
+    """
+    stored = jnp.dtype(storage or model.module.dtype)
     exact = {*model.heads, *weights.FRESH}
     # A BatchNorm computes in float32, and is exported whole where its statistics moved.
     exact |= {leaf.path.rpartition("/")[0] for leaf in model.names.leaves if leaf.is_statistic}
@@ -50,7 +55,7 @@ def expected(model, mesh, methods=(), quantize=None, files=None):
         return any(method.moves(f"params/{path}") for method in methods)
 
     def dtype(path):
-        return jnp.float32 if moves(path) or tree.under(path, exact) else model.module.dtype
+        return jnp.float32 if moves(path) or tree.under(path, exact) else stored
 
     kernels = weights.quantized(model, quantize, moves)
     if quantize and not kernels:
@@ -68,10 +73,11 @@ def outline(config, model, methods, mesh, steps, files=None):
     """
     begin, after = peft.memory(methods, steps)  # first: it may find the run too short
     whole = sharding.replicated(mesh)
-    loaded = expected(model, mesh, methods, config.model.quantize, files)
+    how = {"quantize": config.model.quantize, "storage": config.model.storage}
+    loaded = expected(model, mesh, methods, **how, files=files)
     base, key = loaded.variables(), jax.eval_shape(lambda: jax.random.key(0))
     add = peft.attach(methods, model).add
-    added = jax.tree.map(lambda leaf: leaf.update(sharding=whole), jax.eval_shape(add, key, base))
+    added = _added(add, sharding.of_leaf(mesh, model.sharding, peft.axes(methods)), key, base)
     variables = base | added
     labels = peft.claims(
         methods,
@@ -89,7 +95,7 @@ def outline(config, model, methods, mesh, steps, files=None):
     tx, schedules = optim.make(config, labels, steps, masks, never)
     first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
     return Fit(
-        apply=peft.attach(methods, model._replace(module=module)).apply,
+        apply=within(mesh, peft.attach(methods, model._replace(module=module)).apply),
         module=module,
         momentum=MOMENTUM[model.config.batch_norm] if stats else None,
         penalty=peft.penalty(methods),
@@ -105,6 +111,14 @@ def outline(config, model, methods, mesh, steps, files=None):
         add=add,
         added=added,
     )
+
+
+def _added(add, where, key, base):
+    """Shapes of what methods add to the variables `base`, each leaf in its place on the mesh."""
+    made = jax.eval_shape(add, key, base)
+    places = [where(path, leaf.shape) for path, leaf in tree.flatten(made).items()]
+    places = jax.tree.unflatten(jax.tree.structure(made), places)  # empty collections, too
+    return _placed(made, places)
 
 
 def parts(variables, model, labels):

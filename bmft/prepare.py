@@ -198,10 +198,11 @@ def packed(config, encoded, targets, length, mesh, training, put=None):
 # --- model -----------------------------------------------------------------------------------
 
 
-def load(model, key, mesh, methods=(), quantize=None):
+def load(model, key, mesh, methods=(), quantize=None, storage=None):
     """The base (`weights.Loaded`) as `expected` says, from its files."""
     files = weights.index(model)
-    return weights.read(model, key, files, expected(model, mesh, methods, quantize, files))
+    wanted = expected(model, mesh, methods, quantize, storage, files)
+    return weights.read(model, key, files, wanted)
 
 
 def fit(config, model, methods, mesh, steps, shared=None):
@@ -231,8 +232,19 @@ def make_step(config, fit, loss, **options):
     return train.make_step(
         fit.apply, loss, fit.tx,
         accumulate=config.train.accumulate, rate=fit.rate, momentum=fit.momentum,
-        penalty=fit.penalty, after=fit.after, **options,
+        penalty=fit.penalty, after=fit.after,
+        places=jax.tree.map(lambda leaf: leaf.sharding, fit.state), **options,
     )  # fmt: skip
+
+
+def _added(methods, model, mesh, key, base):
+    """What the methods add to the loaded variables `base`, each leaf in its place on the mesh."""
+    add = peft.attach(methods, model).add
+    where = sharding.of_leaf(mesh, model.sharding, peft.axes(methods))
+    shapes = jax.eval_shape(jax.jit(add), key, base)  # traced once for both: jit remembers
+    places = [where(path, leaf.shape) for path, leaf in tree.flatten(shapes).items()]
+    places = jax.tree.unflatten(jax.tree.structure(shapes), places)  # empty collections, too
+    return jax.jit(add, out_shardings=places, compiler_options=_quickly())(key, base)
 
 
 def _quickly():

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmft import evaluate, features, models, peft, prepare, sharding, tasks, train
+from bmft.activations import within
 from bmft.config import signature
 from bmft.data import image_sources, images
 from bmft.data.image_batches import ImageBatches
@@ -245,13 +246,14 @@ def reuse_features(config, fit, batches, problem, mesh):
         return fit, batches
     module = fit.module
     first = peft.attach(methods, model._replace(module=module.clone(end=pieces))).apply
+    first = within(mesh, first)
     outputs_of = evaluate.make_outputs(
         first, lambda forward, batch: {"features": forward(task.view(batch), train=False)}
     )
     variables = train.variables(fit.state, fit.frozen)
     cache, resize = cache_directory(config.data.cache), problem.preprocessor.resize
     decisive = [problem.base, problem.preprocessor, pieces, str(jnp.dtype(module.dtype))]
-    decisive += [config.model.quantize] * bool(config.model.quantize)
+    decisive += [how for how in (config.model.quantize, config.model.storage) if how]
     found = {}
     for split, table in problem.tables.items():
         about = [*decisive, images.content_key(table)]
@@ -264,7 +266,7 @@ def reuse_features(config, fit, batches, problem, mesh):
             config, task, table._replace(images=kept), None, mesh, split == "train", _as_features
         )
     rest = peft.attach(methods, model._replace(module=module.clone(begin=pieces))).apply
-    return fit._replace(apply=rest), found
+    return fit._replace(apply=within(mesh, rest)), found
 
 
 def _why_not(config, model, task, pieces, epochs):

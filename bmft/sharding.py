@@ -12,10 +12,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bmft import quantize, tree
+from bmft.activations import ROWS
 from bmft.errors import Mistake
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))  # the rows of a batch
+WIDTH = "fsdp"  # of the stream of activations, in the weights that read it or give it
+ADDED = ("peft/", "peft_const/", "peft_shared/")  # collections of what methods add
 
 
 def use_all_cores(cores):
@@ -63,34 +65,78 @@ def of_shapes(shapes):
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-def of_leaf(mesh, rules):
-    """(path, shape) -> NamedSharding, by the first of the `(pattern, axes)` rules that matches.
+def of_leaf(mesh, rules, added=None):
+    """(path, shape) -> NamedSharding of every leaf there is: by the first of the model's `(pattern,
+    axes)` rules that matches its path, and else by what it stands beside.
 
-    A leaf `quant/...` of a quantized kernel lies as the rule of that kernel says, but that its
-    inputs are never split by `fsdp`.
+        layers/.../kernel               its rule; `params/` or `batch_stats/` may stand in front
+        quant/<module>/...              as that kernel, but `fsdp` never splits its inputs
+        peft/<module>/lora_a            by the letters of `added`, {leaf: letters}: bmft.peft.Method
+        peft_const/<module>/...         likewise; whole on every device where it has no letters
+        peft_shared/<method>/...        whole on every device
+
     Raises Mistake, with leaf, shape and mesh, where no rule matches or an axis does not divide.
     """
+
+    def of_base(path, shape):
+        axes = next((axes for pattern, axes in rules if tree.match(pattern, path)), None)
+        if axes is None:
+            raise _without_rule(mesh, path, shape, "the model's SHARDING matches none such")
+        return axes
+
+    def of_added(path, shape):
+        collection, _, rest = path.partition("/")
+        module, _, leaf = rest.rpartition("/")
+        letters = (added or {}).get(leaf)
+        if collection == "peft_shared" or (letters is None and collection == "peft_const"):
+            return ()
+        if letters is None:
+            raise _without_rule(mesh, path, shape, f"its method's `axes` must name {leaf!r}")
+        weight = "embedding" if module.startswith("embeddings/") else "kernel"
+        return _beside(of_base(f"{module}/{weight}", shape), letters, len(shape))
 
     def axes_of(path, shape):
         if path.startswith("quant/"):
             module, _, leaf = path.removeprefix("quant/").rpartition("/")
-            return _quantized(axes_of(f"{module}/kernel", shape), quantize.AXES[leaf])
-        axes = next((axes for pattern, axes in rules if tree.match(pattern, path)), None)
-        if axes is None:
-            raise Mistake(f"mesh: no sharding rule for {path} {list(shape)}")
-        return axes
+            return _quantized(of_base(f"{module}/kernel", shape), quantize.AXES[leaf])
+        return (of_added if path.startswith(ADDED) else of_base)(path, shape)
 
     def sharding(path, shape):
-        axes = axes_of(path, shape)
+        axes = axes_of(path.removeprefix("params/").removeprefix("batch_stats/"), shape)
         for size, split in zip(shape, axes, strict=False):
             for axis in (split,) if isinstance(split, str) else split or ():
                 if size % mesh.shape[axis]:
-                    named = f"{axis}={mesh.shape[axis]}"
-                    raise Mistake(f"mesh: {named} does not divide {size} of {path} {list(shape)}")
+                    raise _undivided(mesh, axis, size, path, shape)
                 size //= mesh.shape[axis]
         return NamedSharding(mesh, P(*axes))
 
     return sharding
+
+
+def _beside(axes, letters, ndim):
+    """The axes of a leaf that stands beside a weight whose own are `axes`, (..., inputs, outputs).
+
+    letters: of its last axes: `i` lies as the inputs, `o` as the outputs, `d`, the width of the
+    stream, as the weights that read it, and `.` whole. What stands in front, layers, is whole.
+    """
+    inputs, outputs = (None, None, *axes)[-2:]
+    own = {"i": inputs, "o": outputs, "d": WIDTH, ".": None}
+    return (*[None] * (ndim - len(letters)), *(own[letter] for letter in letters))
+
+
+def _undivided(mesh, axis, size, path, shape):
+    """The Mistake of an axis that does not divide, with the largest size that would."""
+    most = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
+    what = f"{axis}={mesh.shape[axis]} does not divide {size} of {path} {list(shape)}"
+    return Mistake(f"mesh: {what} ({_named(mesh)}); {axis}={most} would")
+
+
+def _without_rule(mesh, path, shape, why):
+    return Mistake(f"mesh: no sharding rule for {path} {list(shape)} ({_named(mesh)}): {why}")
+
+
+def _named(mesh):
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 def _quantized(axes, leaf):
@@ -111,7 +157,7 @@ def _quantized(axes, leaf):
 
 def put_batch(mesh):
     """numpy batch of this process -> global arrays, rows split over the mesh."""
-    sharding = NamedSharding(mesh, ROWS)
+    sharding = NamedSharding(mesh, P(ROWS))
 
     def put(batch):
         return {
@@ -124,7 +170,7 @@ def put_batch(mesh):
 
 def put_everywhere(mesh):
     """numpy arrays that every process has whole -> global arrays, rows split over the mesh."""
-    sharding = NamedSharding(mesh, ROWS)
+    sharding = NamedSharding(mesh, P(ROWS))
 
     def put(arrays):
         return {

@@ -15,7 +15,10 @@ def get_config():
     config.model = model = ConfigDict()
     model.name = "minilm"  # minilm, a Hugging Face directory, or a Hub id
     model.dtype = placeholder(str)  # compute dtype; None: bfloat16 on TPU and GPU, float32 on CPU
-    model.remat = "none"  # none, block: recompute each block in the backward pass
+    model.storage = placeholder(str)  # dtype of frozen leaves in memory; None: the compute dtype
+    # What the backward pass computes again: none; block: all that is in a block; dots_saveable: all
+    # but matrix products; dots_with_no_batch_dims_saveable: all but those with weights.
+    model.remat = "none"
     model.quantize = placeholder(str)  # nf4, int8, int4: how frozen dense kernels of the stack lie
     model.unroll = 1  # layers per iteration of the scan over layers; changes speed only
 

@@ -159,8 +159,8 @@ def cut(tables, compare):
 
 def compute_all(jobs, common, report):
     """Make the runs, each with its line in the report; the names of those that failed."""
-    how = jobs[0].config.model.quantize
-    shared = prepare.load(common.model, jax.random.key(0), common.mesh, quantize=how)
+    how = {key: jobs[0].config.model[key] for key in ("quantize", "storage")}
+    shared = prepare.load(common.model, jax.random.key(0), common.mesh, **how)
     batches, programs, failed, started = {}, {}, [], time.monotonic()
     for done, job in enumerate(jobs):
         print(f"\n{job.name}, seed {job.seed} ({done + 1} of {len(jobs)})", flush=True)

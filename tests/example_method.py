@@ -30,4 +30,5 @@ def make(model, *, last: int = 0):
         flat["layers/mlp/down/bias"] = flat["layers/mlp/down/bias"] + own[f"{SITE}/steering"]
         return tree.unflatten(flat)
 
-    return peft.Method("steering", moves, hook, rows=lambda path: mask, merge=merge)
+    axes = {"steering": "d"}
+    return peft.Method("steering", moves, hook, rows=lambda path: mask, axes=axes, merge=merge)

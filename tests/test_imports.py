@@ -20,10 +20,12 @@ ARROWS = {
     "bmft.config": (("bmft.check",), ()),
     "bmft.tree": ((), ()),
     "bmft.quantize": (("bmft.tree",), ()),
-    "bmft.layers": (("bmft.quantize",), ()),
+    "bmft.activations": ((), ()),
+    "bmft.layers": (("bmft.activations", "bmft.quantize"), ()),
     "bmft.names": (("bmft.tree",), ()),
     "bmft.models": (
-        ("bmft.layers", "bmft.quantize", "bmft.tree", "bmft.names", "bmft.assets"),
+        ("bmft.activations", "bmft.layers", "bmft.quantize", "bmft.tree", "bmft.names")
+        + ("bmft.assets",),
         (),
     ),
     "bmft.peft": (

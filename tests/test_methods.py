@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import AbstractMesh
 
-from bmft import peft, train, tree
+from bmft import peft, sharding, train, tree
 from bmft.errors import Mistake
 from bmft.names import saved
 
@@ -142,6 +143,17 @@ def test_only_claimed_leaves_move_and_all_of_them_do(fitted, trained):
 def test_head_moves_with_every_method(fitted):
     head = [path for path in fitted.claims if path.startswith("params/classifier/")]
     assert len(head) == len(tree.flatten(fitted.loaded.params["classifier"]))
+
+
+@each(range(len(CASES)))
+def test_each_leaf_has_its_place_on_a_mesh(fitted):
+    mesh, axes = AbstractMesh((2, 2, 2), sharding.AXES), peft.axes(fitted.methods)
+    where = sharding.of_leaf(mesh, fitted.model.sharding, axes)
+    for path, leaf in tree.flatten(fitted.variables).items():
+        share = where(path, leaf.shape).shard_shape(leaf.shape)
+        assert len(share) == leaf.ndim
+        whole = path.startswith(("peft_const/", "peft_shared/")) and path.split("/")[-1] not in axes
+        assert not whole or share == leaf.shape, path
 
 
 @each(range(len(CASES)))

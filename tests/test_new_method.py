@@ -74,4 +74,4 @@ def test_it_keeps_the_contract(folder):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
-    assert re.search(r"\b5 passed", done.stdout)
+    assert re.search(r"\b6 passed", done.stdout)

@@ -9,7 +9,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from bmft import optim, sharding, train, tree
+from bmft import optim, prepare, sharding, train, tree
 from bmft.errors import Mistake
 from bmft.models import weights
 from configs import base
@@ -84,32 +84,10 @@ def test_gradient_taker_is_an_argument(fitted):
     np.testing.assert_allclose(norms[1], 2 * norms[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("option", [{"remat": "block"}, {"unroll": 3}])
+@pytest.mark.parametrize("option", [{"remat": "block"}, {"remat": "dots_saveable", "unroll": 3}])
 def test_remat_and_unroll_change_nothing(fitted, option):
     other = tiny.Fitted(fitted.model.folder, ("lora",), fitted.groups, **option)
     np.testing.assert_allclose(losses(other, 2)[0], losses(fitted, 2)[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_losses_do_not_depend_on_the_mesh(fitted, shape):
-    sizes = dict(zip(sharding.AXES, shape, strict=True))
-    mesh = sharding.mesh(ConfigDict({"mesh": sizes}))
-    put, whole = sharding.put_batch(mesh), sharding.replicated(mesh)
-    where = sharding.of_leaf(mesh, fitted.model.sharding)
-
-    def place(path, leaf):
-        kind, _, rest = path.partition("/")
-        return jax.device_put(leaf, where(rest, leaf.shape) if kind == "params" else whole)
-
-    tx = optax.adam(0.01)
-    step = tiny.hasty(train.make_step(fitted.apply, tiny.loss, tx))
-    state = jax.device_put(started(fitted, tx), whole)
-    frozen = tree.map_with_path(place, fitted.frozen)
-    found = []
-    for number in range(3):
-        state, metrics = step(state, frozen, put(tiny.batch(rows=8, seed=number)))
-        found.append(float(metrics["loss"]))
-    np.testing.assert_allclose(found, losses(fitted)[0], rtol=1e-5)
 
 
 # --- mesh
@@ -150,6 +128,15 @@ def test_weights_are_read_into_their_shards(fitted):
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 12, 20)}
     for path, leaf in tree.flatten(loaded.params).items():
         assert np.array_equal(leaf, tree.flatten(fitted.loaded.params)[path]), path
+
+
+def test_frozen_leaves_are_stored_as_asked(fitted):
+    mesh, key = mesh_of(data=-1), jax.random.key(0)
+    stored = prepare.load(fitted.model, key, mesh, fitted.methods, storage="bfloat16")
+    for path, leaf in tree.flatten(stored.params).items():
+        moves = path.startswith(("classifier/", "pooler/"))
+        assert leaf.dtype == (jnp.float32 if moves else jnp.bfloat16), path
+    assert fitted.model.module.dtype == jnp.float32
 
 
 # --- optimizers

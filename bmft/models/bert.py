@@ -86,7 +86,7 @@ class Classifier(nn.Module):
             mask_b1ts,
             depth=c.depth,
             unroll=self.unroll,
-            remat=self.remat == "block",
+            remat=self.remat,
             frozen_below=self.frozen_below,
         )
         x_bed = jnp.take_along_axis(x_btd, batch["first"][..., None], axis=1)

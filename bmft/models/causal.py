@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmft import layers
+from bmft import activations, layers
 
 EVERYTHING = 2**31 - 1  # the window of a layer that has none
 
@@ -160,7 +160,7 @@ class TiedHead(nn.Module):
 
     @nn.compact
     def __call__(self, x, table):
-        return x.astype(self.dtype) @ table.astype(self.dtype).T
+        return activations.rows(x.astype(self.dtype) @ table.astype(self.dtype).T)
 
 
 def head(model):
@@ -175,11 +175,11 @@ def head(model):
 def outputs(head, x_btd, batch, tables=(), *, cap=None, chunk=512):
     """What the module docstring says comes out, of the last layer's normed x.
 
-    tables: further arguments of the module `head`. chunk: tokens, over all rows, whose logits are
-    held at a time when there are targets.
+    tables: further arguments of the module `head`. chunk: tokens, over the rows of a device, whose
+    logits are held at a time when there are targets.
     """
     if "targets" in batch:
-        columns = max(chunk // len(x_btd), 1)
+        columns = max(chunk * activations.parts() // len(x_btd), 1)
         return _loss(head, x_btd, batch["targets"], tables, cap, columns)
     if "at" in batch:
         x_btd = jnp.take_along_axis(x_btd, batch["at"][..., None], axis=1)

@@ -63,7 +63,7 @@ class Config(NamedTuple):
 class CausalLM(nn.Module):
     """Logits float32, or losses, of the batches of bmft.models.causal.
 
-    chunk: tokens, over all rows, whose logits the loss holds at a time.
+    chunk: tokens, over the rows of a device, whose logits the loss holds at a time.
     """
 
     config: Config
@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
             (jnp.arange(c.depth), jnp.array(c.scales, jnp.float32)),
             depth=c.depth,
             unroll=self.unroll,
-            remat=self.remat == "block",
+            remat=self.remat,
             frozen_below=self.frozen_below,
         )
         x_btd = layers.LayerNorm(c.eps, self.dtype, name="norm")(x_btd)

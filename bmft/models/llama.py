@@ -67,7 +67,7 @@ class Config(NamedTuple):
 class CausalLM(nn.Module):
     """Logits float32, or losses, of the batches of bmft.models.causal.
 
-    chunk: tokens, over all rows, whose logits the loss holds at a time.
+    chunk: tokens, over the rows of a device, whose logits the loss holds at a time.
     """
 
     config: Config
@@ -91,7 +91,7 @@ class CausalLM(nn.Module):
             (jnp.arange(c.depth), jnp.array(windows, jnp.int32), jnp.array(c.turns, jnp.int32)),
             depth=c.depth,
             unroll=self.unroll,
-            remat=self.remat == "block",
+            remat=self.remat,
             frozen_below=self.frozen_below,
         )
         x_btd = causal.RMSNorm(c.eps, self.dtype, c.norm_offset, name="norm")(x_btd)

@@ -93,12 +93,12 @@ class Classifier(nn.Module):
     def __call__(self, batch, train=False):
         c = self.config
         about = c, train and c.batch_norm != "frozen", self.dtype
-        block = nn.remat(Block) if self.remat == "block" else Block
+        block = layers.rematerialised(Block, self.remat)
         stages = vision.Level(name="stages")
         if self.begin:
             x_byxc = batch["features"]
         else:
-            x_byxc = layers.standardize(batch["images"], c.standardize, c.mean, c.std)
+            x_byxc = vision.standardize(batch["images"], c.standardize, c.mean, c.std)
         for piece in range(self.begin, pieces(c) if self.end is None else self.end):
             if piece == 0:
                 x_byxc = Stem(*about, name="stem")(x_byxc)

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
         if c.batch_norm != "frozen" and not c.norm:
             raise Mistake(f"model.batch_norm is {c.batch_norm!r}, but this VGG has no BatchNorm")
         x = batch["features"] if self.begin else standardized(c, batch["images"])
-        block = nn.remat(Block) if self.remat == "block" else Block
+        block = layers.rematerialised(Block, self.remat)
         blocks, last = vision.Level(name="blocks"), len(c.depths) - 1
         drop = nn.Dropout(c.dropout, deterministic=not train)
         for piece in range(self.begin, pieces(c) if self.end is None else self.end):
@@ -153,7 +153,7 @@ def standardized(config, images):
             f"images of {size} pixels: this VGG halves them {poolings} times, so they need at "
             f"least {least} x {least}"
         )
-    x = layers.standardize(images, c.standardize, c.mean, c.std)
+    x = vision.standardize(images, c.standardize, c.mean, c.std)
     return x[..., ::-1] if c.channels == "bgr" else x
 
 

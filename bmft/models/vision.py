@@ -4,7 +4,7 @@ The fields that the Configs of image models have in common:
 
     size         pixels a side of the images that it was trained on
     mean, std    3 floats each: of RGB in [0, 1], subtracted and divided by
-    standardize  see bmft.layers.standardize
+    standardize  see `standardize` below
     resample     bilinear or bicubic: how images are brought to size
     steady       a property: of how many first pieces nothing is dropped at random in training
 
@@ -12,9 +12,11 @@ They stand in config.json under `pretrained_cfg` (timm's, and what we write) or 
 preprocessor_config.json (transformers); else they are what is usual for the architecture.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from bmft import layers
 from bmft.errors import Mistake, nearest
@@ -32,6 +34,22 @@ NORM = (
     ("var", "running_var", "same"),
 )
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which transformers writes
+
+
+def standardize(images, how, mean, std):
+    """float32 [b, y, x, 3] of images: uint8, or float in [0, 1].
+
+    how: `model` or `dataset`: less `mean` [3], over `std` [3]; `image`: each image less its own
+    mean, over its own standard deviation, which is at least 1/sqrt of its numbers, so that an even
+    image is no division by zero.
+    """
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    if how != "image":
+        return (images - jnp.array(mean)) / jnp.array(std)
+    centred = images - images.mean((1, 2, 3), keepdims=True)
+    deviation = images.std((1, 2, 3), keepdims=True)
+    return centred / jnp.maximum(deviation, math.prod(images.shape[1:]) ** -0.5)
 
 
 class Level(nn.Module):

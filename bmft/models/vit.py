@@ -87,7 +87,7 @@ class Classifier(nn.Module):
                 None,
                 depth=c.depth,
                 unroll=self.unroll,
-                remat=self.remat == "block",
+                remat=self.remat,
                 frozen_below=self.frozen_below,
                 begin=max(self.begin - 1, 0),
                 end=(last if self.end is None else self.end) - 1,
@@ -103,7 +103,7 @@ class Classifier(nn.Module):
 
     def _embedded(self, batch, train):
         c = self.config
-        images = layers.standardize(batch["images"], c.standardize, c.mean, c.std)
+        images = vision.standardize(batch["images"], c.standardize, c.mean, c.std)
         return Embeddings(c, train, self.dtype, name="embeddings")(images)
 
 

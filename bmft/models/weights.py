@@ -132,7 +132,7 @@ def read(model, key, files, wanted, shared=None):
                 leaves[path] = there[path]
             else:
                 slices = _reader(files, leaf, model, shape, dtype)
-                leaves[path] = jax.make_array_from_callback(shape, where, slices)
+                leaves[path] = _array(shape, where, slices)
             continue
         own = path.removesuffix("/kernel")
         made, how = kept.get(own, {}), quantize.scheme(compressed[own])
@@ -263,9 +263,26 @@ def _reader(files, leaf, model, shape, dtype):
         cut = tuple(slice(*s.indices(n)[:2]) for s, n in zip(cut, shape, strict=True))
         if not _is_stacked(leaf):
             return one(keys[0], cut)
-        return np.stack([one(key, cut[1:]) for key in keys[cut[0]]])
+        stack = np.empty([s.stop - s.start for s in cut], dtype)
+        for row, key in enumerate(keys[cut[0]]):
+            stack[row] = one(key, cut[1:])
+        return stack
 
     return read
+
+
+def _array(shape, where, read):
+    """The array of what read(slices) gives; what several devices hold is read once, and held once
+    on the host."""
+    found = {}
+
+    def once(cut):
+        key = tuple(s.indices(n)[:2] for s, n in zip(cut, shape, strict=True))
+        if key not in found:
+            found[key] = read(cut)
+        return found[key]
+
+    return jax.make_array_from_callback(shape, where, once)
 
 
 def _quantize(how, read, stored):
@@ -279,7 +296,7 @@ def _quantize(how, read, stored):
 
     def placed(name):
         array = arrays[name]
-        return jax.make_array_from_callback(array.shape, stored[name].sharding, array.__getitem__)
+        return _array(array.shape, stored[name].sharding, array.__getitem__)
 
     return {name: placed(name) for name in stored}
 

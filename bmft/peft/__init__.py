@@ -51,6 +51,10 @@ class Method(NamedTuple):
     shared: Callable | None = None
     # path -> bool [l] or None: of a moving leaf of the stack, which layers move; None is all.
     rows: Callable | None = None
+    # {leaf's name: letters}, one of each of its last axes: how what it adds at a module lies on a
+    # mesh. `i` as the inputs of the module's weight, `o` as its outputs, `d` as the width of the
+    # stream, `.` whole. A leaf in `peft` must have them; one in `peft_const` without any is whole.
+    axes: dict | None = None
     # Names of its leaves that weight decay never touches: biases, and what does not start at 0.
     undecayed: tuple = ()
     # (params, added) -> params: folded into plain weights, float32; added has all of ADDED. None:
@@ -280,6 +284,11 @@ def merge(methods, params, added):
         elif method.hook:
             raise Mistake(f"method {method.name!r} cannot be merged into plain weights")
     return params
+
+
+def axes(methods):
+    """{leaf's name: letters} of what methods add, for bmft.sharding."""
+    return {name: letters for m in methods for name, letters in (m.axes or {}).items()}
 
 
 # --- in the step -----------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def make(
         moves,
         hook,
         rows=rows,
+        axes={A: "i.", E: ".", B: ".o"},
         merge=lambda params, added: _merge(params, added, scale),
         penalty=_penalty(sites, orthogonality) if orthogonality else None,
         memory=lambda steps: _memory(plan, sites, steps),

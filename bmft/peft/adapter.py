@@ -56,6 +56,8 @@ def _kaiming(key, shape, dtype):
 
 
 ZEROS = jax.nn.initializers.zeros
+AXES = {"adapter_down_kernel": "d.", "adapter_down_bias": "."}  # see bmft.peft.Method
+AXES |= {"adapter_up_kernel": ".d", "adapter_up_bias": "d"}
 # name -> (down, up)
 INITS = {
     "houlsby": (_truncated, _truncated),
@@ -103,6 +105,7 @@ def make(
         hook,
         constants={path: {"adapter_on": on} for path in chosen.modules} if leave_out else None,
         rows=(lambda path: on > 0 if _is_own(path) else None) if leave_out else None,
+        axes=AXES,
         undecayed=("adapter_down_bias", "adapter_up_bias"),
         identity=chosen.identity,
     )

@@ -91,6 +91,7 @@ def make(
         moves,
         hook,
         rows=rows,
+        axes={"boft_r": ".", "boft_s": "o"},
         undecayed=("boft_s",),  # it starts at 1
         merge=_merge,
         # What is read is the same to the bit, but after a transposition XLA may add up the base's

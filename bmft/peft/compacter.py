@@ -31,6 +31,7 @@ from bmft.errors import Mistake, nearest
 from bmft.peft import adapter
 
 ZEROS = jax.nn.initializers.zeros
+LEAVES = [f"compacter_{a}_{b}" for a in ("down", "up") for b in ("left", "right", "bias")]
 
 
 def make(
@@ -81,6 +82,7 @@ def make(
         moves,
         hook,
         shared=shared,
+        axes=dict.fromkeys(LEAVES, "."),
         undecayed=("compacter_down_bias", "compacter_up_bias"),
         # By its two kernels, each of which goes with A; rounding alone is some 1e-6.
         identity=max(1e-5, 12 * rank * (n * rule_std) ** 2),

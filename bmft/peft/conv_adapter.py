@@ -63,7 +63,8 @@ def make(
         return "conv_adapter" if own else None
 
     undecayed = tuple(f"conv_adapter_{name}" for name in ("down_bias", "up_bias", "scale"))
-    return peft.Method("conv_adapter", moves, hook, undecayed=undecayed)
+    axes = dict.fromkeys((*undecayed, "conv_adapter_down_kernel", "conv_adapter_up_kernel"), ".")
+    return peft.Method("conv_adapter", moves, hook, axes=axes, undecayed=undecayed)
 
 
 def _adapter(module, x, out, kernel, reduction, nonlinearity):

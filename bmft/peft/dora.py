@@ -92,6 +92,7 @@ def make(
         lambda path: plan.moves(path, "lora_magnitude"),
         hook,
         constants=plan.constants(),
+        axes=low_rank.AXES | {"lora_magnitude": "o"},
         rows=plan.rows,
         undecayed=("lora_magnitude",),  # decay would shrink W itself
         merge=lambda params, added: low_rank.merge(plan, params, added, _changed),

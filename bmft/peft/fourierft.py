@@ -101,6 +101,7 @@ def make(
         hook,
         constants={path: {"fourierft_scale": _scale(counts[path], scaling)} for path in sites},
         rows=rows,
+        axes={"fourierft_spectrum": "."},
         merge=merge,
         # The normal start changes the logits of random encoders of BERT's sizes by 0.2 to 0.4 of
         # their size: it is no base with a small difference.

@@ -21,6 +21,7 @@ from bmft.peft.files import Files, Layout
 KINDS = ("dense", "conv")
 MLP = "layers/mlp/down"  # the MLP's second layer: what it reads is what the paper scales
 ONES = jax.nn.initializers.ones
+AXES = {"ia3_in": "i", "ia3_out": "o"}  # see bmft.peft.Method
 
 
 def make(
@@ -70,7 +71,7 @@ def make(
     )
     undecayed = tuple(masks)  # they start at 1
     return peft.Method(
-        "ia3", moves, hook, rows=rows, undecayed=undecayed, merge=_merge, files=files
+        "ia3", moves, hook, rows=rows, axes=AXES, undecayed=undecayed, merge=_merge, files=files
     )
 
 

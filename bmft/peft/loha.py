@@ -91,7 +91,8 @@ def make(
         return out + update.astype(out.dtype)
 
     codec = _codec(model, placed)
-    return lycoris.method("loha", placed, LEAVES, hook, _merge, *codec)
+    axes = {leaf: "i." if leaf.startswith("loha_b") else ".o" for leaf in LEAVES}
+    return lycoris.method("loha", placed, LEAVES, axes, hook, _merge, *codec)
 
 
 def _own(rank, *bs):

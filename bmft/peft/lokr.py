@@ -97,7 +97,9 @@ def make(
 
     # The update is zero to the bit, but XLA fuses what gives x otherwise where x is also reshaped:
     # 4e-7 was seen.
-    return lycoris.method("lokr", placed, LEAVES, hook, _merge, *_codec(placed), identity=2e-6)
+    axes = dict.fromkeys(LEAVES, ".")  # a factor's axis is no part of the inputs or the outputs
+    codec = _codec(placed)
+    return lycoris.method("lokr", placed, LEAVES, axes, hook, _merge, *codec, identity=2e-6)
 
 
 def factorize(size, factor=-1):

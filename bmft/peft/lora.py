@@ -90,6 +90,7 @@ def of(plan, grouped):
         plan.moves,
         hook,
         constants=plan.constants(),
+        axes=low_rank.AXES,
         rows=plan.rows,
         merge=lambda params, added: low_rank.merge(plan, params, added, changed),
         files=Files(

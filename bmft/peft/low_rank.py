@@ -27,6 +27,7 @@ from bmft.peft import convolution, matching, patterns
 BIASES = ("none", "all", "lora_only")
 KINDS = ("dense", "conv", "embed", "tied")
 FACTORS = ("lora_a", "lora_b")
+AXES = {"lora_a": "i.", "lora_b": ".o"}  # see bmft.peft.Method
 WORDS = "embeddings/word"
 
 

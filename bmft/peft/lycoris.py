@@ -77,8 +77,9 @@ def place(
     return Placed(sites, ranks, scales, saved, modules_to_save, settings)
 
 
-def method(name, placed, leaves, hook, merge, encode, decode, identity=0.0):
-    """The `Method`; leaves: the names of those it adds. Its constants, of each module:
+def method(name, placed, leaves, axes, hook, merge, encode, decode, identity=0.0):
+    """The `Method`; leaves: the names of those it adds; axes: bmft.peft.Method's. Its constants, of
+    each module:
 
     peft_const/<module>/<name>_scale [l]        peft_const/<module>/<name>_rank [l]
     """
@@ -102,9 +103,8 @@ def method(name, placed, leaves, hook, merge, encode, decode, identity=0.0):
         for path in placed.sites
     }
     files = Files(placed.settings, placed.sites, placed.modules_to_save, encode, decode)
-    return peft.Method(
-        name, moves, hook, constants, rows=rows, merge=merge, identity=identity, files=files
-    )
+    about = {"axes": axes, "merge": merge, "identity": identity, "files": files}
+    return peft.Method(name, moves, hook, constants, rows=rows, **about)
 
 
 def uniform(fan_in):

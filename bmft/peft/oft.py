@@ -104,7 +104,8 @@ def make(
     }
     moves, rows = beside.moves("oft", sites, ("oft_q",), saved, bias)
     files = Files(settings, sites, modules_to_save, _encode, _decode, kinds=KINDS)
-    return peft.Method("oft", moves, hook, rows=rows, merge=merge, files=files)
+    axes = {"oft_q": "."}
+    return peft.Method("oft", moves, hook, rows=rows, axes=axes, merge=merge, files=files)
 
 
 def _shortened(upper, eps):

@@ -96,6 +96,7 @@ def make(
         hook,
         shared=None if encoder == "none" else shared,
         rows=rows,
+        axes={"prompt": "o"},
         undecayed=("input_bias", "state_bias"),
         identity=math.inf,
         virtual_tokens=tokens,

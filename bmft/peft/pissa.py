@@ -90,6 +90,7 @@ def make(
         plan.moves,
         hook,
         constants=plan.constants(),
+        axes=low_rank.AXES | {"pissa_a": "i.", "pissa_b": ".o"},
         rows=plan.rows,
         merge=lambda params, added: low_rank.merge(plan, params, added, _changed),
         identity=1e-5,  # two equal products of the size of base(x), which may be compiled apart

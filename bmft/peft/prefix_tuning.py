@@ -39,6 +39,7 @@ TAP = "layers/attention/keys_values"
 POSITIONS = ("embeddings/position", "rotary")
 STARTS = ("random", "zero")
 PARTS = ("prefix_key", "prefix_value")
+AXES = {f"{part}{leaf}": "." for part in PARTS for leaf in ("", "_kernel", "_bias")}
 
 
 def make(
@@ -109,6 +110,7 @@ def make(
         hook,
         shared=shared if projection else None,
         rows=rows,
+        axes=AXES,
         undecayed=tuple(f"{part}_bias" for part in PARTS),
         identity=math.inf,
         positions=tokens if "positions" in model.dummy else 0,

@@ -75,6 +75,7 @@ def make(
         moves,
         hook,
         rows=rows,
+        axes={"prompt": "o"},
         identity=math.inf,
         virtual_tokens=tokens,
         positions=tokens,

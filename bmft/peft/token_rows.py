@@ -29,6 +29,7 @@ from bmft.peft.portable import PREFIX
 
 KINDS, WORD = ("embed",), "embeddings/word"
 LEAF, TENSOR = "token_rows", "trainable_tokens_delta"
+AXES = {LEAF: ".o"}  # see bmft.peft.Method
 
 
 def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("word",)):
@@ -51,7 +52,9 @@ def make(model, *, tokens: tuple[int, ...] = (), targets: tuple[str, ...] = ("wo
     )
     hook, merge = _hook(sites, ids), _merge(sites, ids)
     # Decay would draw the rows to zero, not to those they replace.
-    return peft.Method("token_rows", moves, hook, undecayed=(LEAF,), merge=merge, files=files)
+    return peft.Method(
+        "token_rows", moves, hook, axes=AXES, undecayed=(LEAF,), merge=merge, files=files
+    )
 
 
 def beside(method, model, tokens):
@@ -88,6 +91,7 @@ def beside(method, model, tokens):
         moves=lambda path: method.name if path == own else method.moves(path),
         hook=hook,
         rows=lambda path: None if path == own else method.rows(path),
+        axes=method.axes | AXES,
         undecayed=(*method.undecayed, LEAF),
         merge=lambda params, added: merge_rows(method.merge(params, added), added),
         files=files,

@@ -81,6 +81,7 @@ def make(
         hook,
         shared=shared,
         rows=rows,
+        axes={"vera_lambda_d": ".", "vera_lambda_b": "o"},
         undecayed=("vera_lambda_d",),
         merge=_merge,
         files=Files(

@@ -67,7 +67,7 @@ def make(model, *, tokens: int = 10, deep: bool = True, dropout: float = 0.1):
     def moves(path):
         return "visual_prompt" if path.startswith("peft/") and path.endswith("/prompt") else None
 
-    return peft.Method("visual_prompt", moves, hook, identity=math.inf)
+    return peft.Method("visual_prompt", moves, hook, axes={"prompt": "d"}, identity=math.inf)
 
 
 def _uniform(bound):
