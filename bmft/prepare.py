@@ -3,21 +3,16 @@
 tables -> task -> model -> methods -> fit(...)          see experiments/glue_lora.py
 """
 
-import math
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bmft import (
     evaluate,
     export,
     models,
-    optim,
     peft,
     processes,
     quantize,
@@ -26,12 +21,12 @@ from bmft import (
     train,
     tree,
 )
-from bmft.activations import within
 from bmft.config import signature
 from bmft.data import text
 from bmft.data.batches import Batches, row_length
 from bmft.errors import Mistake, nearest
 from bmft.models import weights
+from bmft.outline import expected, outline, parts
 from bmft.peft import files
 
 # What every method's group takes beside its make's arguments; None: optim's.
@@ -61,13 +56,16 @@ def task_of(config, tables):
     return found
 
 
-def find_model(config, outputs, **changes):
+def find_model(config, outputs, platform=None, **changes):
     """The `Model` of a config, in its compute dtype: bfloat16 unless on CPU or told otherwise.
 
+    platform: where it is to run, "cpu", "gpu" or "tpu", if not here; then no weights are fetched.
     changes: fields of the architecture's own Config to set."""
-    dtype = config.model.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    on = platform or jax.default_backend()
+    dtype = config.model.dtype or ("float32" if on == "cpu" else "bfloat16")
     return models.find(
         config.model.name,
+        fetch_weights=platform is None,
         outputs=outputs,
         dtype=jnp.dtype(dtype),
         remat=config.model.remat,
@@ -156,13 +154,8 @@ def batches(config, model, methods, task, tables, mesh):
     """{split: Batches}: shuffled and in parts for train, in order for the others. Virtual tokens of
     the methods come on top of data.max_length. Of a language model, `index` counts the examples
     that were not left out."""
-    limit, virtual = peft.room(methods, model), peft.virtual_ids(methods, model)
-    if config.data.max_length > limit:
-        has, taken = model.config.max_length, [m.name for m in methods if m.positions]
-        but = f", of which {taken[0]} leaves {limit}" if taken else ""
-        raise Mistake(
-            f"data.max_length={config.data.max_length}: {model.name} has {has} positions{but}"
-        )
+    check_length(config, model, methods)
+    virtual = peft.virtual_ids(methods, model)
     cache = text.cache_directory(config.data.cache)
     tokenizer = models.tokenizer(model)
     encode = task.encode or text.encode
@@ -175,31 +168,18 @@ def batches(config, model, methods, task, tables, mesh):
     processes.refuse_other({"examples and their checksum": sums})
     shown = task.show(encoded["train"], tokenizer) if task.show else None
     encoded = {split: found.behind(virtual) for split, found in encoded.items()}
-    rows = sharding.rows(mesh)
     length = row_length(
         config.data.row_length,
         max(split.longest for split in encoded.values()),
         jax.default_backend(),
         lengths=encoded["train"].lengths,
         batch_size=config.train.batch_size,
-        rows_multiple=rows * config.train.accumulate,
+        rows_multiple=sharding.rows(mesh) * config.train.accumulate,
     )
-
-    def of(split):
-        training = split == "train"
-        return Batches(
-            encoded[split],
-            task.targets(tables[split]),
-            batch_size=config.train.batch_size if training else config.eval.batch_size,
-            row_length=length,
-            seed=config.seed,
-            shuffle=training,
-            rows_multiple=rows * (config.train.accumulate if training else 1),
-            put=sharding.put_batch(mesh),
-            hosts=(jax.process_index(), jax.process_count()),
-        )
-
-    found = {split: of(split) for split in tables}
+    found = {
+        split: packed(config, one, task.targets(tables[split]), length, mesh, split == "train")
+        for split, one in encoded.items()
+    }
     for split, table in tables.items():
         notes = _notes(table, encoded[split], config.data.max_length)
         print(f"{split}: {table.size:,} examples" + "".join(f"; {note}" for note in notes))
@@ -225,54 +205,41 @@ def _notes(table, encoded, max_length):
     return notes
 
 
+def check_length(config, model, methods):
+    """Raise Mistake unless the model has room for examples of data.max_length."""
+    limit = peft.room(methods, model)
+    if config.data.max_length > limit:
+        has, taken = model.config.max_length, [m.name for m in methods if m.positions]
+        but = f", of which {taken[0]} leaves {limit}" if taken else ""
+        raise Mistake(
+            f"data.max_length={config.data.max_length}: {model.name} has {has} positions{but}"
+        )
+
+
+def packed(config, encoded, targets, length, mesh, training, put=None):
+    """The `Batches` of one split: `encoded` in rows of `length` tokens. put: what becomes of the
+    arrays of a batch; None: they are put on the devices."""
+    return Batches(
+        encoded,
+        targets,
+        batch_size=config.train.batch_size if training else config.eval.batch_size,
+        row_length=length,
+        seed=config.seed,
+        shuffle=training,
+        rows_multiple=sharding.rows(mesh) * (config.train.accumulate if training else 1),
+        put=put or sharding.put_batch(mesh),
+        hosts=(jax.process_index(), jax.process_count()),
+    )
+
+
 # --- model -----------------------------------------------------------------------------------
 
 
-class Fit(NamedTuple):
-    """A model with methods in it, ready to train."""
-
-    apply: Callable  # of bmft.peft.attach
-    module: Any  # of the model, as it is trained
-    momentum: Callable | None  # step -> share by which running statistics move
-    penalty: Callable | None  # of bmft.peft.penalty
-    after: Callable | None  # of bmft.peft.memory
-    state: train.State
-    frozen: Any
-    tx: optax.GradientTransformation
-    labels: dict  # {path: optimizer label} of the moving leaves
-    rate: Callable  # step -> learning rate, of the first method that moves anything
-    rows: list  # of the table that log.show_leaves prints
-    loaded: weights.Loaded
-
-    @property
-    def count(self):
-        """How many numbers there are, moving or frozen; a quantized one counts as one."""
-        return sum(row[-1] for row in self.rows)
-
-
-def load(model, key, mesh, methods=(), shared=None, quantize=None, storage=None):
-    """The base (`weights.Loaded`) in the model's dtype, but for what stays exact or moves.
-
-    shared: one loaded before, whose leaves it takes as they are. quantize, storage: those of
-    config.model.
-    """
-    stored = jnp.dtype(storage or model.module.dtype)
-    exact = {*model.heads, *weights.FRESH}
-    # A BatchNorm computes in float32, and is exported whole where its statistics moved.
-    exact |= {leaf.path.rpartition("/")[0] for leaf in model.names.leaves if leaf.is_statistic}
-
-    def moves(path):
-        return any(method.moves(f"params/{path}") for method in methods)
-
-    def dtype(path):
-        return jnp.float32 if moves(path) or tree.under(path, exact) else stored
-
-    kernels = weights.quantized(model, quantize, moves)
-    if quantize and not kernels:
-        print(f"model.quantize={quantize!r}: every kernel of the stack moves; none is quantized")
-    sharded = sharding.of_leaf(mesh, model.sharding)
-    about = {"dtype": dtype, "sharding": sharded, "shared": shared, "quantized": kernels}
-    return weights.load(model, key, **about)
+def load(model, key, mesh, methods=(), quantize=None, storage=None):
+    """The base (`weights.Loaded`) as `expected` says, from its files."""
+    files = weights.index(model)
+    wanted = expected(model, mesh, methods, quantize, storage, files)
+    return weights.read(model, key, files, wanted)
 
 
 def fit(config, model, methods, mesh, steps, shared=None):
@@ -283,57 +250,21 @@ def fit(config, model, methods, mesh, steps, shared=None):
     Raises Mistake where a method claims nothing or needs more steps, or the adapted model differs
     from the base by more than the methods declare.
     """
-    if config.optim.head_learning_rate is not None and not model.heads:
-        raise Mistake(f"optim.head_learning_rate: {model.name} has no head of a task")
-    begin, after = peft.memory(methods, steps)  # first: it may find the run too short
+    files = weights.index(model)
+    plan = outline(config, model, methods, mesh, steps, files)
     key, add_key, state_key = jax.random.split(jax.random.key(config.seed), 3)
-    whole = sharding.replicated(mesh)
-    how = {"quantize": config.model.quantize, "storage": config.model.storage}
-    loaded = load(model, key, mesh, methods, shared, **how)
-    base = loaded.variables()
-    variables = base | _added(methods, model, mesh, add_key, base)
-    stats = {name: variables.pop(name) for name in ("batch_stats",) if _statistics_move(model)}
-    labels = peft.claims(
-        methods,
-        [path for path in tree.flatten(variables) if peft.may_move(path)],
-        heads=model.heads,
-        fresh=loaded.fresh,
-        head_label=config.optim.head_learning_rate is not None,
-    )
-    below = peft.first_moving_piece(methods, labels, model.names)
-    module = model.module.clone(frozen_below=below)
-    if model.names.head:
-        module = module.clone(frozen_head=peft.head_is_still(labels))
-    apply = peft.attach(methods, model._replace(module=module)).apply
-    apply = within(mesh, apply)
-    moving, frozen = tree.split(variables, lambda path: path in labels)
+    loaded = weights.read(model, key, files, plan.loaded, shared)
+    base, where = loaded.variables(), sharding.of_shapes(plan.added)
+    add = jax.jit(plan.add, out_shardings=where, compiler_options=_quickly())
+    stats, moving, frozen = parts(base | add(add_key, base), model, plan.labels)
     moving = jax.tree.map(jnp.copy, moving) if shared else moving
-    masks = {path: peft.moving_rows(methods, path) for path in labels}
-    masks = {path: mask for path, mask in masks.items() if mask is not None}
-    never = [name for method in methods for name in method.undecayed]
-    tx, schedules = optim.make(config, labels, steps, masks, never)
-    state = train.init_state(moving, tx, state_key, stats, begin)
-    _check_identity(apply, train.variables(state, frozen), model, methods)
+    state = train.init_state(moving, plan.tx, state_key, stats, plan.begin)
+    _check_identity(plan.apply, train.variables(state, frozen), model, methods)
     # To devices of other processes, device_put takes no typed key.
     spread = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1)
-    state = state._replace(key=spread(state.key, whole))
-    state = jax.device_put(state, train.shardings(state, whole))
-    rows = _table(variables, labels, stats)
-    first = next((m.name for m in methods if m.name in schedules), peft.HEAD)
-    return Fit(
-        apply=apply,
-        module=module,
-        momentum=MOMENTUM[model.config.batch_norm] if stats else None,
-        penalty=peft.penalty(methods),
-        after=after,
-        state=state,
-        frozen=frozen,
-        tx=tx,
-        labels=labels,
-        rate=schedules[first],
-        rows=rows,
-        loaded=loaded,
-    )
+    state = state._replace(key=spread(state.key, sharding.replicated(mesh)))
+    state = jax.device_put(state, sharding.of_shapes(plan.state))
+    return plan._replace(state=state, frozen=frozen, loaded=loaded)
 
 
 def make_step(config, fit, loss, **options):
@@ -346,32 +277,10 @@ def make_step(config, fit, loss, **options):
     )  # fmt: skip
 
 
-def _added(methods, model, mesh, key, base):
-    """What the methods add to the loaded variables `base`, each leaf in its place on the mesh."""
-    add = peft.attach(methods, model).add
-    where = sharding.of_leaf(mesh, model.sharding, peft.axes(methods))
-    shapes = jax.eval_shape(jax.jit(add), key, base)  # traced once for both: jit remembers
-    places = [where(path, leaf.shape) for path, leaf in tree.flatten(shapes).items()]
-    places = jax.tree.unflatten(jax.tree.structure(shapes), places)  # empty collections, too
-    return jax.jit(add, out_shardings=places, compiler_options=_quickly())(key, base)
-
-
 def _quickly():
     """How to compile what runs once: conv adapters of a ResNet-20 took 9.4 s to add, now 1.9."""
     on_cpu = jax.default_backend() == "cpu"
     return {"xla_backend_optimization_level": 0} if on_cpu else None
-
-
-# How far the running statistics go towards a batch's, by the policy. The first is torch's. The
-# second forgets the base's: it is the mean over the first batches, and then goes over to the first.
-MOMENTUM = {
-    "update": lambda step: 0.1,
-    "reset": lambda step: jnp.maximum(0.1, 1.0 / (step + 1)),
-}
-
-
-def _statistics_move(model):
-    return getattr(model.config, "batch_norm", "frozen") != "frozen"
 
 
 def _check_identity(apply, variables, model, methods):
@@ -385,26 +294,3 @@ def _check_identity(apply, variables, model, methods):
             f"before the first step, {names} changes the outputs by {found:.3g} of their size; "
             f"{allowed:g} is declared"
         )
-
-
-def _table(variables, labels, stats):
-    """Rows of the start table: a moving leaf each, running statistics that change in one, a
-    quantized kernel each, and all else that is frozen in one."""
-    leaves = tree.flatten(variables)
-    rows = []
-    for path, label in sorted(labels.items()):
-        leaf = leaves[path]
-        status = "moved" if path.startswith("params/") else "added"
-        rows.append((path, leaf.shape, leaf.dtype, status, label, leaf.size))
-    if stats:
-        rows.append(("batch_stats", None, "float32", "measured", None, tree.count(stats)))
-    for path, shape, how, bits in quantize.described(variables.get("quant", {})):
-        dtype = f"{how}, {bits:.2f} bits"
-        rows.append((path, shape, dtype, "quantized", "model.quantize", math.prod(shape)))
-    still = [path for path in leaves if path not in labels and not path.startswith("quant/")]
-    frozen = [leaves[path] for path in still]
-    if frozen:
-        dtypes = "/".join(sorted({str(leaf.dtype) for leaf in frozen}))
-        total = sum(leaf.size for leaf in frozen)
-        rows.append(("frozen", None, dtypes, "frozen total", None, total))
-    return rows

@@ -103,16 +103,17 @@ def tables(config):
     }
 
 
-def preprocessor(config, tables):
-    """The `Preprocessor` of a config: the model's own, but for what task.* says."""
-    own = models.find(config.model.name, outputs=1)
+def preprocessor(config, tables, platform=None):
+    """The `Preprocessor` of a config: the model's own, but for what task.* says. tables None: of no
+    data, of which nothing is measured. platform: see `prepare.find_model`."""
+    own = models.find(config.model.name, outputs=1, fetch_weights=platform is None)
     if not takes_images(own):
         raise Mistake(f"model.name={config.model.name!r} takes no images")
     size = config.task.image_size or own.config.size
     host = round(size * config.task.margin)
     how = config.task.standardize
     mean, std = own.config.mean, own.config.std
-    if how == "dataset":
+    if how == "dataset" and tables:
         resize = images.Resize(host, own.config.resample, config.task.squash)
         mean, std = measure(tables["train"], resize)
     how = own.config.standardize if how == "model" else how
@@ -170,13 +171,14 @@ def find_task(config, tables, size):
     return make(tables, size, **{key: config.task[key] for key in signature(make)})
 
 
-def find_model(config, outputs, preprocessor):
-    """The `Model` of a config, as `preprocessor` standardises, with a policy for BatchNorm."""
+def find_model(config, outputs, preprocessor, platform=None):
+    """The `Model` of a config, as `preprocessor` standardises, with a policy for BatchNorm.
+    platform: see `prepare.find_model`."""
     policy = config.model.batch_norm
     if policy not in BATCH_NORM:
         raise Mistake(f"model.batch_norm={policy!r}; {nearest(policy, BATCH_NORM)}")
     changes = {} if policy == "frozen" else {"batch_norm": policy}
-    model = prepare.find_model(config, outputs, **changes)
+    model = prepare.find_model(config, outputs, platform, **changes)
     return standardized(model, preprocessor)
 
 
@@ -198,7 +200,7 @@ def batches(config, problem, mesh):
     for split, table in problem.tables.items():
         print(f"{split}: {table.size:,} images" + "".join(f"; {note}" for note in table.notes))
     found = {
-        split: _batches(config, task, table, how.resize, mesh, split == "train")
+        split: in_batches(config, task, table, how.resize, mesh, split == "train")
         for split, table in problem.tables.items()
     }
     steps = found["train"].steps_per_epoch
@@ -206,8 +208,10 @@ def batches(config, problem, mesh):
     return found
 
 
-def _batches(config, task, table, resize, mesh, training, put=lambda arrays: arrays):
-    on_devices = sharding.put_batch(mesh)
+def in_batches(config, task, table, resize, mesh, training, put=lambda arrays: arrays, place=None):
+    """The `ImageBatches` of one split. put: what becomes of the arrays of a batch; place: and of
+    these; None: they are put on the devices."""
+    place = place or sharding.put_batch(mesh)
     return ImageBatches(
         table,
         task.targets(table),
@@ -216,7 +220,7 @@ def _batches(config, task, table, resize, mesh, training, put=lambda arrays: arr
         seed=config.seed,
         shuffle=training,
         rows_multiple=sharding.rows(mesh) * (config.train.accumulate if training else 1),
-        put=lambda arrays: on_devices(put(arrays)),
+        put=lambda arrays: place(put(arrays)),
         hosts=(jax.process_index(), jax.process_count()),
     )
 
@@ -254,12 +258,12 @@ def reuse_features(config, fit, batches, problem, mesh):
     found = {}
     for split, table in problem.tables.items():
         about = [*decisive, images.content_key(table)]
-        in_order = _batches(config, task, table, resize, mesh, False)
+        in_order = in_batches(config, task, table, resize, mesh, False)
         kept = features.obtain(outputs_of, variables, in_order, cache, about)
         if kept is None:
             return fit, batches
         print(f"{split}: features {list(kept.shape)} of the first {pieces} pieces are reused")
-        found[split] = _batches(
+        found[split] = in_batches(
             config, task, table._replace(images=kept), None, mesh, split == "train", _as_features
         )
     rest = peft.attach(methods, model._replace(module=module.clone(begin=pieces))).apply

@@ -89,6 +89,29 @@ def check(how, path, inputs):
         )
 
 
+def shapes(how, shape):
+    """{leaf: jax.ShapeDtypeStruct} of a quantized kernel [l, in, out]."""
+    count, inputs, outputs = shape
+    blocks = inputs // BLOCK[how]
+    of = {
+        "nf4": {
+            "nf4": ((outputs, inputs // 2), jnp.uint8),
+            "nf4_absmax": ((outputs, blocks), jnp.uint8),
+            "nf4_scale": ((-(-outputs * blocks // GROUP),), jnp.float32),
+            "nf4_offset": ((), jnp.float32),
+        },
+        "int8": {
+            "int8": ((outputs, inputs), jnp.int8),
+            "int8_scale": ((outputs,), jnp.float32),
+        },
+        "int4": {
+            "int4": ((outputs, inputs // 2), jnp.uint8),
+            "int4_scale": ((outputs, blocks), jnp.bfloat16),
+        },
+    }[how]
+    return {name: jax.ShapeDtypeStruct((count, *own), dtype) for name, (own, dtype) in of.items()}
+
+
 def quantize(how, kernel_oi):
     """{leaf: array} of one layer's kernel [out, in], torch's way round."""
     kernel_oi = np.ascontiguousarray(kernel_oi, np.float32)
@@ -218,13 +241,15 @@ def restored(params, quant):
 
 
 def described(quant):
-    """[(path, shape, scheme, bits a number)] of the quantized kernels, bits by their arrays."""
+    """[(path, shape, scheme, bits a number)] of the quantized kernels, bits by their arrays, or
+    their shapes."""
     found = []
     for module, leaves in sorted(modules(quant).items()):
         how = scheme(leaves)
         *front, outputs, inputs = leaves[how].shape
         inputs *= 1 if how == "int8" else 2
         count = int(np.prod([*front, outputs, inputs]))
-        bits = 8 * sum(leaf.nbytes for leaf in leaves.values()) / count
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
+        bits = 8 * held / count
         found.append((f"{module}/kernel", (*front, inputs, outputs), how, bits))
     return found

@@ -32,18 +32,23 @@ def use_all_cores(cores):
         return  # JAX has started already (a notebook, a test): what it has is what is used
 
 
-def mesh(config):
-    """The `Mesh` of `config.mesh`; one axis may be -1, the rest. Mistake where it does not fit."""
+def mesh(config, devices=None):
+    """The `Mesh` of `config.mesh` on all devices, or on these; one axis may be -1, the rest.
+    Mistake where it does not fit."""
+    sizes = mesh_sizes(config, jax.device_count() if devices is None else len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(config, count):
+    """How many of so many devices lie along each of AXES. Mistake where they do not fit."""
     sizes = [config.mesh[axis] for axis in AXES]
-    count = jax.device_count()
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise Mistake(f"mesh: {named}: sizes are 1 or more, and one of them may be -1")
     known = math.prod(size for size in sizes if size != -1)
     if count % known or (-1 not in sizes and known != count):
         raise Mistake(f"mesh: {named} does not fit {count} devices")
-    sizes = [count // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return [count // known if size == -1 else size for size in sizes]
 
 
 def rows(mesh):
@@ -53,6 +58,11 @@ def rows(mesh):
 
 def replicated(mesh):
     return NamedSharding(mesh, P())
+
+
+def of_shapes(shapes):
+    """The tree of the shardings that a tree of jax.ShapeDtypeStruct has."""
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 def of_leaf(mesh, rules, added=None):

@@ -58,15 +58,18 @@ class Model(NamedTuple):
         return tokenizer(self)
 
 
-def find(name, *, outputs=None, dtype=jnp.float32, remat="none", unroll=1, **changes):
+def find(
+    name, *, outputs=None, dtype=jnp.float32, remat="none", unroll=1, fetch_weights=True, **changes
+):
     """The `Model` called `name`, with a head of `outputs` numbers, or, without such a number, the
     language model; reads no weights.
 
-    name: a preset, a Hugging Face directory, a file of weights, or a Hub id. changes: fields of the
-    architecture's Config to set, as batch_norm="update". Raises Mistake for a name, folder or
+    name: a preset, a Hugging Face directory, a file of weights, or a Hub id, of which the files of
+    weights may be left there. changes: fields of the architecture's Config to set, as
+    batch_norm="update". Raises Mistake for a name, folder or
     architecture that is not known, or that has no such field.
     """
-    folder = locate(name)
+    folder = locate(name, fetch_weights)
     settings = read_json(folder)
     file = _architecture(settings["model_type"], folder)
     kind = "CausalLM" if outputs is None else "Classifier"
@@ -94,9 +97,9 @@ def find(name, *, outputs=None, dtype=jnp.float32, remat="none", unroll=1, **cha
     )
 
 
-def locate(name):
+def locate(name, fetch_weights=True):
     """The folder, or the one file, of a model by name; the Hub is asked last, and its files are
-    cached there."""
+    cached there; without fetch_weights only the small ones are asked for."""
     for preset, (package, files, on_hub) in PRESETS.items():
         if name in (preset, on_hub):
             from bmft.assets import asset
@@ -108,7 +111,7 @@ def locate(name):
         return folder if (folder / "config.json").exists() else _gguf_in(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise Mistake(f"model.name: there is no directory or file {name!r}")
-    return _from_hub(name)
+    return _from_hub(name, fetch_weights)
 
 
 def _gguf_in(folder):
@@ -126,11 +129,11 @@ def hub_id(name):
     return PRESETS[name].hub or name if name in PRESETS else name
 
 
-def _from_hub(name):
+def _from_hub(name, fetch_weights):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja"] + ["*.safetensors"] * fetch_weights
     # Mistral's are there twice: consolidated.safetensors is the whole once more.
     unwanted = ["*/*", "consolidated*"]
     try:

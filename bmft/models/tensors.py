@@ -59,6 +59,11 @@ def paths(where):
     raise Mistake(f"{where}: no model.safetensors")
 
 
+def are_in(where):
+    """Whether there are files of weights in a directory at all; or it is one."""
+    return where.is_file() or any(where.glob("*.safetensors*")) or any(where.glob("*.bin"))
+
+
 def _shard_names(index):
     """The files that a model.safetensors.index.json names."""
     try:

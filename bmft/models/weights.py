@@ -70,6 +70,35 @@ def quantized(model, how, moves):
     return {path: how for module in dense if not moves(path := f"{module}/kernel")}
 
 
+def expected(model, files=None, *, dtype=None, sharding=None, quantized=None):
+    """`Loaded` before anything is read: in place of each array a jax.ShapeDtypeStruct of its shape,
+    dtype and sharding. The arguments are those of `load`.
+
+    files: of `index`: they say which leaves are fresh. None: weights that are not here, and are
+    taken to lack nothing but the head. Raises Mistake for tensors of the wrong shape.
+    """
+    dtype = dtype or (lambda path: jnp.float32)
+    sharding = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    made, quantized = tree.flatten(shapes(model)), quantized or {}
+    leaves, fresh, quant = {}, [], {}
+    for leaf in model.names.leaves:
+        path, shape = leaf.path, made[leaf.path].shape
+        if tree.under(path, model.heads) if files is None else _missing(files, leaf, model, shape):
+            fresh.append(path)
+        elif path in quantized:
+            how, own = quantized[path], path.removesuffix("/kernel")
+            quantize.check(how, path, shape[1])
+            for name, stored in quantize.shapes(how, shape).items():
+                where = sharding(f"quant/{own}/{name}", stored.shape)
+                quant[f"{own}/{name}"] = stored.update(sharding=where)
+            continue
+        where = sharding(path, shape)
+        leaves[path] = jax.ShapeDtypeStruct(shape, dtype(path), sharding=where)
+    statistics = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
+    batch_stats, params = tree.split(tree.unflatten(leaves), statistics.__contains__)
+    return Loaded(params, batch_stats, tuple(fresh), (), tree.unflatten(quant))
+
+
 def load(model, key, *, dtype=None, sharding=None, shared=None, quantized=None):
     """`Loaded` for a model; `key` initialises what the file does not have.
 
@@ -80,47 +109,57 @@ def load(model, key, *, dtype=None, sharding=None, shared=None, quantized=None):
     quantized: {kernel: how}, of `quantized`; one layer of one kernel is held as floats at a time.
     Raises Mistake, naming file and tensor, for anything that does not fit.
     """
-    dtype = dtype or (lambda path: jnp.float32)
-    sharding = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     files = index(model)
-    expected, quantized = tree.flatten(shapes(model)), quantized or {}
+    wanted = expected(model, files, dtype=dtype, sharding=sharding, quantized=quantized)
+    return read(model, key, files, wanted, shared)
+
+
+def read(model, key, files, wanted, shared=None):
+    """`Loaded` with the arrays that `wanted`, of `expected`, describes; see `load`."""
     there = tree.flatten(tree.join(shared.params, shared.batch_stats)) if shared else {}
-    leaves, fresh, used, quant = {}, [], set(), {}
+    kept = quantize.modules(shared.quant) if shared else {}
+    places = tree.flatten(tree.join(wanted.params, wanted.batch_stats))
+    compressed, whole = quantize.modules(wanted.quant), tree.flatten(shapes(model))
+    leaves, used, quant = {}, set(), {}
     for leaf in model.names.leaves:
-        shape = expected[leaf.path].shape
-        keys = [leaf.file.format(layer) for layer in model.names.layers_of(leaf.path)]
-        if _missing(files, leaf, keys, shape):
-            fresh.append(leaf.path)
+        path = leaf.path
+        if path in wanted.fresh:
             continue
-        used.update(keys)
-        if leaf.path in quantized:
-            how, own = quantized[leaf.path], leaf.path.removesuffix("/kernel")
-            same = quantize.modules(shared.quant).get(own, {}) if shared else {}
-            if how not in same:
-                read = _reader(files, leaf, keys, shape, np.float32)
-                same = _quantize(how, own, read, shape, sharding)
-            quant |= {f"{own}/{name}": array for name, array in same.items()}
+        used.update(_keys(leaf, model))
+        if path in places:
+            shape, dtype, where = places[path].shape, places[path].dtype, places[path].sharding
+            if path in there and there[path].dtype == dtype:
+                leaves[path] = there[path]
+            else:
+                slices = _reader(files, leaf, model, shape, dtype)
+                leaves[path] = _array(shape, where, slices)
             continue
-        wanted = np.dtype(dtype(leaf.path))
-        if leaf.path in there and there[leaf.path].dtype == wanted:
-            leaves[leaf.path] = there[leaf.path]
-            continue
-        read = _reader(files, leaf, keys, shape, wanted)
-        leaves[leaf.path] = _array(shape, sharding(leaf.path, shape), read)
-    leaves |= _initialise(model, key, tuple(fresh), dtype, sharding)
+        own = path.removesuffix("/kernel")
+        made, how = kept.get(own, {}), quantize.scheme(compressed[own])
+        if how not in made:
+            slices = _reader(files, leaf, model, whole[path].shape, np.float32)
+            made = _quantize(how, slices, compressed[own])
+        quant |= {f"{own}/{name}": array for name, array in made.items()}
+    leaves |= _initialise(model, key, {path: places[path] for path in wanted.fresh})
+    _check_tied(files, model.names)
+    ignored = _ignored(model, files, used, wanted.fresh)
+    statistics = tree.flatten(wanted.batch_stats)
+    batch_stats, params = tree.split(tree.unflatten(leaves), statistics.__contains__)
+    return Loaded(params, batch_stats, wanted.fresh, ignored, tree.unflatten(quant))
+
+
+def _ignored(model, files, used, fresh):
+    """The tensors of the files beside those `used`; Mistake where one is no known one."""
     left = sorted(set(files.where) - used)
     replaced = {leaf.file for leaf in model.names.leaves if leaf.path in fresh}
     layered = (name.format(layer) for name in model.ignored for layer in range(model.names.layers))
     without = (*model.ignored, *layered, *replaced)
-    _check_tied(files, model.names)
     ignored = [name for name in left if name.startswith(without) or name.endswith(COUNTERS)]
     unknown = [name for name in left if name not in ignored]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise Mistake(f"{files.folder}: the model has no place for tensor {unknown[0]!r}{more}")
-    statistics = {leaf.path for leaf in model.names.leaves if leaf.is_statistic}
-    batch_stats, params = tree.split(tree.unflatten(leaves), statistics.__contains__)
-    return Loaded(params, batch_stats, tuple(fresh), tuple(ignored), tree.unflatten(quant))
+    return tuple(ignored)
 
 
 def index(model):
@@ -156,8 +195,14 @@ def _plain(name, prefix):
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
 
 
-def _missing(files, leaf, keys, shape):
+def _keys(leaf, model):
+    """The tensors of a leaf, by our names of them."""
+    return [leaf.file.format(layer) for layer in model.names.layers_of(leaf.path)]
+
+
+def _missing(files, leaf, model, shape):
     """Whether a leaf must be initialised; refuses one that is missing and may not be."""
+    keys = _keys(leaf, model)
     absent = [key for key in keys if key not in files.where]
     optional = tree.under(leaf.path, FRESH)
     if absent and not optional:
@@ -200,8 +245,9 @@ def _is_stacked(leaf):
     return leaf.path.startswith("layers/")
 
 
-def _reader(files, leaf, keys, shape, dtype):
+def _reader(files, leaf, model, shape, dtype):
     """The callback of one leaf: reads the slices one device asks for, in our layout."""
+    keys = _keys(leaf, model)
     own = shape[1:] if _is_stacked(leaf) else shape
     skipped = names.in_file(leaf.layout, own)[0] * leaf.part[0] if leaf.part else 0
 
@@ -239,33 +285,31 @@ def _array(shape, where, read):
     return jax.make_array_from_callback(shape, where, once)
 
 
-def _quantize(how, module, read, shape, sharding):
-    """{leaf: array} of a quantized kernel [l, in, out]; read is that of `_reader`."""
-    quantize.check(how, f"{module}/kernel", shape[1])
+def _quantize(how, read, stored):
+    """{leaf: array} of a quantized kernel; read is that of `_reader`, stored {leaf: what
+    `expected` says of it}."""
+    arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+    for i in range(len(arrays[how])):
+        kernel = read((slice(i, i + 1), slice(None), slice(None)))[0].T
+        for name, values in quantize.quantize(how, kernel).items():
+            arrays[name][i] = values
 
-    def layer(i):
-        return quantize.quantize(how, read((slice(i, i + 1), slice(None), slice(None)))[0].T)
+    def placed(name):
+        array = arrays[name]
+        return _array(array.shape, stored[name].sharding, array.__getitem__)
 
-    first = layer(0)
-    stacks = {name: np.empty((shape[0], *x.shape), x.dtype) for name, x in first.items()}
-    for i in range(shape[0]):
-        for name, x in (layer(i) if i else first).items():
-            stacks[name][i] = x
-    return {
-        name: _array(x.shape, sharding(f"quant/{module}/{name}", x.shape), x.__getitem__)
-        for name, x in stacks.items()
-    }
+    return {name: placed(name) for name in stored}
 
 
-def _initialise(model, key, paths, dtype, sharding):
-    """{path: leaf} for leaves the file lacks; the rest of init is never computed or held."""
-    if not paths:
+def _initialise(model, key, places):
+    """{path: leaf} for leaves the file lacks, as `places` says; the rest of init is never computed
+    or held."""
+    if not places:
         return {}
 
     def some(key):
         params = tree.flatten(model.module.init(key, model.dummy)["params"])
-        return {path: params[path].astype(dtype(path)) for path in paths}
+        return {path: params[path].astype(place.dtype) for path, place in places.items()}
 
-    made = jax.eval_shape(some, key)
-    where = {path: sharding(path, leaf.shape) for path, leaf in made.items()}
+    where = {path: place.sharding for path, place in places.items()}
     return jax.jit(some, out_shardings=where)(key)
