@@ -3,8 +3,8 @@
     step, arguments = abstract.find(config, mesh, platform).program()
     step.trace(*arguments).lower().compile()
 
-What a run learns from its data is told instead, or assumed: the classes, and how many tokens an
-example has. The rest is what the experiments do, by the same functions.
+What a run learns from its data is told instead, or assumed: the classes, how many tokens an example
+has, and how many there are. The rest is what the experiments do, by the same functions.
 """
 
 import math
@@ -27,6 +27,7 @@ from bmft.models import tensors, weights
 from bmft.outline import Fit, outline
 
 IMAGES, DIALOGS = "image_classification", ("causal_lm", "preference")
+LONG = 10_000  # steps of a run of unknown length: they make numbers of schedules, no more
 CLASSES = {"tweets": 3, "digits": 10}  # of the data that always are there
 
 
@@ -74,7 +75,7 @@ def find(config, mesh, platform, told=Told()):  # noqa: B008 - it never changes
     prepare.find_metric(config, task)
     present = tensors.are_in(model.folder)
     files = weights.index(model) if present else None
-    fit = outline(config, model, methods, mesh, steps(config, told), files)
+    fit = outline(config, model, methods, mesh, steps(config, told) or LONG, files)
     if task.check_moving:
         task.check_moving(fit.labels)
     if is_image:
@@ -93,13 +94,9 @@ def with_module(found, **changes):
 
 
 def steps(config, told):
-    """Steps of the run. Mistake where they are told in epochs of unknown length."""
-    if config.train.steps is not None:
+    """Steps of the run; None where they are told in epochs of unknown length."""
+    if config.train.steps is not None or told.examples is None:
         return config.train.steps
-    if told.examples is None:
-        raise Mistake(
-            f"train.epochs={config.train.epochs:g}: an epoch of how many examples? --examples=N"
-        )
     return max(1, round(config.train.epochs * epoch_steps(config, told.examples)))
 
 

@@ -88,7 +88,7 @@ def make(config, where, told):
         "methods": list(config.peft.methods),
         "task": config.task.name,
         "mesh": dict(mesh.shape),
-        "notes": _notes(config, found),
+        "notes": _notes(config, found, told),
         "batch": _batch(config, found),
         "steps": abstract.steps(config, told),
         "leaves": plan_text.leaves(found.fit),
@@ -117,12 +117,14 @@ def _topology(where):
     return {"name": where.name, "platform": where.platform, "chips": where.count, "chip": chip}
 
 
-def _notes(config, found):
+def _notes(config, found, told):
     notes = []
     if found.without_weights:
         lack = ", ".join(found.model.heads)
         lack = f"{lack} alone" if lack else "nothing"
         notes.append(f"no weights are here; assumed: their files lack {lack}")
+    if abstract.steps(config, told) is None:
+        notes.append("how long the run is, is not known: --examples=N of an epoch would tell")
     if found.tokens:
         notes.append("assumed: all examples are as long as one another")
     if config.task.name == abstract.IMAGES:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from bmft import layers, models, peft
 from bmft.errors import Mistake
-from bmft.models import causal, rotary, weights
+from bmft.models import attention, causal, rotary, weights
 
 GOLDENS = np.load(pathlib.Path(__file__).resolve().parent / "goldens" / "causal.npz")
 FAMILIES = ("llama", "gemma2", "gpt2")  # the rest differ in config.json: tests/parity
@@ -74,8 +74,9 @@ def test_the_loss_of_a_stack_in_pieces(families, logits):
 
 
 def test_keys_by_blocks(monkeypatch):
-    """Blocks of four queries, the last of three; all see two columns before the tokens."""
-    monkeypatch.setattr(causal, "BLOCK", 4)
+    """Blocks of four queries, the last of three, and one block: what comes out, and its gradients,
+    with dropout and without. All see two columns before the tokens."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
     rng = np.random.default_rng(0)
     shapes = ((2, 11, 6, 8), (2, 13, 2, 8), (2, 13, 2, 8))
     arrays = [rng.normal(0, 1, shape).astype(np.float32) for shape in shapes]
@@ -83,23 +84,36 @@ def test_keys_by_blocks(monkeypatch):
     own = (segments[:, :, None] == segments[:, None]) & np.tri(11, dtype=bool)
     mask = np.concatenate([np.ones((2, 11, 2), bool), own], -1)[:, None]
 
-    def loss(q, k, v, ahead):
-        out = causal.attend(q, k, v, mask, scale=0.5, cap=3.0, ahead=ahead)
-        return jnp.square(out).sum(), out
+    kept = rng.choice([0.0, 2.0], (2, 2, 3, 11, 13)).astype(np.float32)
+    drops = [None, lambda ones: ones * kept]
 
-    def both(*arrays):
-        slopes = jax.grad(loss, (0, 1, 2), has_aux=True)
-        return [slopes(*arrays, ahead) for ahead in (False, True)]
+    def plain(q, k, v, drop):
+        k, v = (jnp.repeat(array, 3, 2) for array in (k, v))
+        scores = 3 * jnp.tanh(jnp.einsum("bthk,bshk->bhts", q * 0.5, k) / 3)
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+        weights = weights * kept.reshape(2, 6, 11, 13) if drop else weights
+        return jnp.einsum("bhts,bshk->bthk", weights, v).reshape(2, 11, 48)
 
-    blocks, whole = tiny.hasty(both)(*arrays)
-    for one, other in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-    q, k, v = (array.astype(np.float64) for array in arrays)
-    k, v = (np.repeat(array, 3, 2) for array in (k, v))
-    scores = 3 * np.tanh(np.einsum("bthk,bshk->bhts", q * 0.5, k) / 3)
-    powers = np.where(mask, np.exp(scores), 0)
-    want = np.einsum("bhts,bshk->bthk", powers / powers.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(blocks[1], want.reshape(2, 11, 48), atol=1e-5)
+    def blocks(q, k, v, drop, ahead):
+        return attention.attend(q, k, v, mask, scale=0.5, cap=3.0, dropout=drop, ahead=ahead)
+
+    def slopes(function, *given):
+        def loss(*arrays):
+            out = function(*arrays, *given)
+            return jnp.square(out).sum(), out
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)
+
+    def every(*arrays):
+        return [
+            [slopes(plain, drop)(*arrays), *(slopes(blocks, drop, a)(*arrays) for a in (0, 1))]
+            for drop in drops
+        ]
+
+    for want, *found in tiny.hasty(every)(*arrays):
+        for one in found:
+            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 # --- the cache -------------------------------------------------------------------------------

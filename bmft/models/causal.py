@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from bmft import activations, layers
+from bmft.models.attention import capped
 from bmft.names import Leaf
 
 EVERYTHING = 2**31 - 1  # the window of a layer that has none
-BLOCK = 128  # queries that meet their keys together, at least
 
 
 class Sight(NamedTuple):
@@ -75,55 +75,6 @@ def remember(cache, layer, sight, keys, values):
         for name, old in cache.items()
     }
     return cache, *(cache[name][layer].astype(new[name].dtype) for name in ("keys", "values"))
-
-
-def attend(
-    q_bthk, k_bsgk, v_bsgk, mask_b1ts, *, scale, cap=None, drop=lambda weights: weights, ahead=True
-):
-    """[b, t, h k]: each head's mean of the values, by the softmax over the keys that are seen.
-
-    cap: scores lie softly between -cap and cap. drop: dropout of the weights. ahead: a token may
-    see keys behind its own column, as those of a cache. If not, the last t keys are the tokens',
-    and `BLOCK` queries at a time, or a quarter of a long text, meet only the keys up to theirs.
-    """
-    b, t, h, k = q_bthk.shape
-    s, g = k_bsgk.shape[1:3]
-    # Heads in front, so that each product is of matrices as they lie: forward and back in half the
-    # time of a product of [b, t, h, k] on a CPU.
-    q_btgrk = (q_bthk * scale).astype(q_bthk.dtype).reshape(b, t, g, h // g, k)
-    q_bgrtk = q_btgrk.transpose(0, 2, 3, 1, 4)
-    k_bgsk, v_bgsk = (array.swapaxes(1, 2) for array in (k_bsgk, v_bsgk))
-    # To be added, since jnp.where would keep the mask of each layer for the gradient.
-    unseen = jnp.where(mask_b1ts, 0.0, jnp.finfo(jnp.float32).min)[:, None]
-    width, found = t if ahead else max(BLOCK, -(-t // 4)), []
-    for start in range(0, t, width):
-        end = min(start + width, t)
-        upto = s if ahead else s - t + end
-        q_bgqk = q_bgrtk[:, :, :, start:end].reshape(b, g, -1, k)
-        scores = jnp.einsum("bgqk,bgsk->bgqs", q_bgqk, k_bgsk[:, :, :upto]).astype(jnp.float32)
-        scores = capped(scores, cap).reshape(b, g, h // g, -1, upto)
-        scores += unseen[..., start:end, :upto]
-        weights = drop(softmax(scores.reshape(b, g, -1, upto)).astype(q_bthk.dtype))
-        means_bgqk = jnp.einsum("bgqs,bgsk->bgqk", weights, v_bgsk[:, :, :upto])
-        found.append(means_bgqk.reshape(b, g, h // g, -1, k))
-    return jnp.concatenate(found, 3).transpose(0, 3, 1, 2, 4).reshape(b, t, h * k)
-
-
-@jax.custom_jvp
-def softmax(x):
-    """jax.nn.softmax, of which a scan over layers keeps what comes out twice for the gradient."""
-    powers = jnp.exp(x - x.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
-@softmax.defjvp
-def _slope_of_softmax(primals, tangents):
-    y, (d,) = softmax(*primals), tangents
-    return y, y * (d - (y * d).sum(-1, keepdims=True))
-
-
-def capped(x, cap):
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def dummy(config):

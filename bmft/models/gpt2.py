@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from bmft import layers
 from bmft.errors import Mistake, nearest
 from bmft.models import causal
+from bmft.models.attention import attend
 from bmft.names import Leaf, Names
 
 FAMILIES = ("gpt2",)
@@ -147,9 +148,10 @@ class Attention(nn.Module):
         cache, k_bshk, v_bshk = causal.remember(cache, layer, sight, k_bthk, v_bthk)
         mask_b1ts = causal.mask(sight, causal.EVERYTHING)
         k_bshk, v_bshk, mask_b1ts = layers.KeysValues(name="keys_values")(k_bshk, v_bshk, mask_b1ts)
-        drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
-        about = {"scale": scale, "drop": drop, "ahead": cache is not None}
-        context = causal.attend(q_bthk, k_bshk, v_bshk, mask_b1ts, **about)
+        about = {"scale": scale, "ahead": cache is not None}
+        if self.train and c.attention_dropout:
+            about["dropout"] = nn.Dropout(c.attention_dropout, deterministic=False)
+        context = attend(q_bthk, k_bshk, v_bshk, mask_b1ts, **about)
         return layers.Dense(c.width, self.dtype, name="output")(context), cache
 
 

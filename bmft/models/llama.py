@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from bmft import layers
 from bmft.errors import Mistake, nearest
 from bmft.models import causal, rotary
+from bmft.models.attention import attend
 from bmft.names import Leaf, Names
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -165,9 +166,10 @@ class Attention(nn.Module):
         cache, k_bsgk, v_bsgk = causal.remember(cache, layer, sight, k_btgk, v_btgk)
         mask_b1ts = causal.mask(sight, window)
         k_bsgk, v_bsgk, mask_b1ts = layers.KeysValues(name="keys_values")(k_bsgk, v_bsgk, mask_b1ts)
-        drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
         about = {"scale": c.query_scale, "cap": c.attention_cap, "ahead": cache is not None}
-        context = causal.attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, drop=drop, **about)
+        if self.train and c.attention_dropout:
+            about["dropout"] = nn.Dropout(c.attention_dropout, deterministic=False)
+        context = attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, **about)
         return layers.Dense(c.width, self.dtype, c.output_bias, name="output")(context), cache
 
 
