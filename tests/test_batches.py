@@ -236,7 +236,11 @@ def test_row_length_by_the_data():
     assert padding(chosen) < 0.10 < padding(64)
     assert row_length(80, 64, "cpu", **settings) == 80
     assert row_length(None, 64, "tpu", **settings) == 128
-    assert row_length(None, 300, "cpu", **settings) == 320
+    assert row_length(None, 300, "cpu") == 320
+    # Of long examples, too: rows of the longest may hold one and a half.
+    long = {"lengths": np.linspace(60, 310, 800), "batch_size": 16, "rows_multiple": 2}
+    chosen = row_length(None, 310, "cpu", **long)
+    assert chosen % 32 == 0 and 320 < chosen <= 640
 
 
 def test_a_row_shorter_than_an_example_is_the_users_mistake():

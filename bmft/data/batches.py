@@ -28,6 +28,7 @@ from bmft.data import packing
 from bmft.errors import Mistake
 
 SAMPLE = 200  # steps to choose a row length by
+MANY = 32  # row lengths to try for long examples
 SLOWER = 0.0018  # a token costs more by this share for each token that its row has beyond 64
 
 
@@ -37,8 +38,9 @@ def row_length(value, longest, platform, *, lengths=None, batch_size=None, rows_
     longest: tokens of the longest example. platform: of JAX, "cpu", "gpu" or "tpu". Without
     lengths: the smallest multiple of 32, at least 64, that holds the longest example on CPU; of 128
     elsewhere, the width of a TPU's matrix unit. With lengths (int [n], of the training split),
-    batch_size and rows_multiple, on CPU: the multiple of 16 up to 256 that makes a step cheapest.
-    Where few rows are rounded up to the number of devices, that decides between 5 and 25 % padding.
+    batch_size and rows_multiple, on CPU: the multiple of 16 up to 256, or of long examples of 32 up
+    to twice the longest, that makes a step cheapest. Where few rows are rounded up to the number of
+    devices, that decides between 5 and 25 % padding.
     Raises Mistake if `value` is shorter than the longest example.
     """
     if value is not None and value < longest:
@@ -61,7 +63,9 @@ def row_length(value, longest, platform, *, lengths=None, batch_size=None, rows_
         return rows * tokens * (1 + SLOWER * (tokens - 64))
 
     candidates = range(max(64, -(-longest // 16) * 16), 257, 16)
-    return min(candidates, key=cost, default=shortest)
+    if longest > 256:
+        candidates = range(shortest, 2 * shortest + 1, max(unit, shortest // MANY // unit * unit))
+    return min(candidates, key=cost)
 
 
 class Batches:
