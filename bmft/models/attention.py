@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 64  # queries that meet their keys together, at least
+BLOCK = 64  # queries that meet their keys together
+BLOCKS = 8  # of such, at most: each is compiled by itself
 
 
 class Rules(NamedTuple):
@@ -31,7 +32,7 @@ def attend(q_bthk, k_bsgk, v_bsgk, mask_b1ts, *, scale, cap=None, dropout=None, 
 
     cap: scores lie softly between -cap and cap. dropout: of the weights, a function; None: there is
     none. ahead: a token may see keys behind its own column, as those of a cache. If not, the last t
-    keys are the tokens', and `BLOCK` queries at a time, or an eighth of a long text, meet only the
+    keys are the tokens', and `BLOCK` queries at a time, or a quarter of a long text, meet only the
     keys up to theirs.
     """
     b, t, h, k = q_bthk.shape
@@ -104,7 +105,8 @@ class _Block(NamedTuple):
 
 def _blocks(rules, q_bgrtk, k_bgsk):
     t, s = q_bgrtk.shape[3], k_bgsk.shape[2]
-    width = t if rules.ahead else max(BLOCK, -(-t // 8))
+    width = BLOCK if t <= BLOCKS * BLOCK else -(-t // 4)
+    width = t if rules.ahead else width
     for start in range(0, t, width):
         end = min(start + width, t)
         yield _Block(slice(start, end), s if rules.ahead else s - t + end)
