@@ -86,7 +86,7 @@ class Checkpoints:
 
         Raises Mistake if there are complete ones and all are damaged, or of another base.
         """
-        with self._reading():
+        with storage.reading(self.shown):
             found = processes.from_first(self._newest)
         if found is None:
             return None
@@ -127,7 +127,7 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
         path = self._path(step) / "state"
-        with self._reading():
+        with storage.reading(self.shown):
             leaves = processes.from_first(lambda: self._leaves(step))
             _refuse_other_leaves(where, leaves, _describe(like))
             return self._orbax.restore(path, args=ocp.args.StandardRestore(target))
@@ -285,14 +285,6 @@ class Checkpoints:
             self._unmute = lambda: None  # it goes on complaining until the process ends
             mistake = cannot_write(self.shown / path.name, error)
             raise Mistake(f"{mistake}; {self.last()}") from error
-
-    @contextlib.contextmanager
-    def _reading(self):
-        try:
-            with storage.os_errors():
-                yield
-        except OSError as error:
-            raise Mistake(f"cannot read {self.shown}: {error.strerror or error}") from error
 
 
 def _mute():

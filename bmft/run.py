@@ -57,7 +57,7 @@ class Run:
 
     path: pathlib.Path
     checkpoints: epath.Path  # where they lie: below `path`, or in checkpoint.folder
-    continued: bool  # something of it was computed before
+    continued: bool  # something was computed in `path` before
     finished: bool  # report.json is there, and train.steps has not grown since
     opened: float  # time.monotonic() at that moment
 
@@ -129,7 +129,7 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
     if processes.several():
         _refuse_other_disk(homes[-1] / "config.json")
     checkpoints = epath.Path(homes[-1]) / "checkpoints"
-    return Run(path, checkpoints, any(records), finished, time.monotonic())
+    return Run(path, checkpoints, records[0] is not None, finished, time.monotonic())
 
 
 def default_workdir(name, variant=None, overrides=None):
@@ -215,17 +215,8 @@ def _look(homes):
 
 
 def _traces(home):
-    with _reading(home):
+    with storage.reading(home):
         return [trace for trace in TRACES if (home / trace).exists()]
-
-
-@contextlib.contextmanager
-def _reading(path):
-    try:
-        with storage.os_errors():
-            yield
-    except OSError as error:
-        raise Mistake(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _read_record(path):
@@ -254,7 +245,7 @@ def _refuse_other_disk(file):
     """Raises Mistake if a process does not see a file that process 0 has written."""
 
     def digest():
-        with _reading(file):
+        with storage.reading(file):
             return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
     first = processes.from_first(digest)

@@ -44,7 +44,7 @@ def in_cloud(path):
 
 
 def absolute(path):
-    return path if in_cloud(path) else epath.Path(os.path.abspath(path))
+    return path if in_cloud(path) else epath.Path(os.path.join(os.getcwd(), path))
 
 
 def files_below(path):
@@ -76,9 +76,19 @@ def os_errors():
         raise refused from error
 
 
+@contextlib.contextmanager
+def reading(path):
+    """What is refused inside of it, as one line with the path."""
+    try:
+        with os_errors():
+            yield
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _refused(error):
     text = str(error)
-    if isinstance(error, ValueError):  # TensorStore's, with the number
+    if isinstance(error, ValueError | RuntimeError):  # TensorStore's, with the number
         if number := re.search(r"os_error_code='(\d+)'", text):
             return OSError(int(number[1]), os.strerror(int(number[1])))
         return OSError(text.partition(" [")[0]) if "http_response_code=" in text else None

@@ -128,14 +128,16 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path, capsys):
     opened(tmp_path / "a", **folder)
     assert capsys.readouterr().err == ""
 
+    (tmp_path / "a" / "metrics.jsonl").touch()
     (tmp_path / "bucket" / "checkpoints" / "10").mkdir(parents=True)
     assert opened(tmp_path / "a", **folder).continued
-    assert opened(tmp_path / "c", **folder).continued
+    assert capsys.readouterr().err == ""
+    assert not opened(tmp_path / "c", **folder).continued
     expected = f"warning: {tmp_path}/bucket holds checkpoints of this run, {tmp_path}/c nothing"
     assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
     with pytest.raises(Mistake, match=r"bucket holds another run \(seed: 0 != 1\)"):
         opened(tmp_path / "d", **folder, seed=1)
-    assert opened(tmp_path / "c", **folder, **{"train.steps": 200}).continued
+    opened(tmp_path / "c", **folder, **{"train.steps": 200})
     record = json.loads((tmp_path / "bucket" / "config.json").read_text())
     assert record["config"]["train"]["steps"] == 200
 
