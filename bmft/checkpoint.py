@@ -219,9 +219,8 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _steps(self):
-        if not self.directory.is_dir():
-            return []
-        return [int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal()]
+        names = [entry.name for entry in storage.entries(self.directory)]
+        return [int(name) for name in names if name.isdecimal()]
 
     def _older(self, step):
         """{complete step: its best} of those before `step`. Their sums are checked when needed."""
@@ -250,10 +249,11 @@ class Checkpoints:
         if step not in self._checked:
             content = self._read_manifest(step)
             for name, digest in content["files"].items():
-                file = self._path(step) / name
-                if not file.is_file():
-                    raise Damaged(f"is damaged ({name} is missing)")
-                if _sum(file) != digest:
+                try:
+                    found = _sum(self._path(step) / name)
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    raise Damaged(f"is damaged ({name} is missing)") from None
+                if found != digest:
                     raise Damaged(f"is damaged ({name}: SHA-256 differs)")
             self._checked[step] = content
         return self._checked[step]

@@ -216,7 +216,8 @@ def _look(homes):
 
 def _traces(home):
     with storage.reading(home):
-        return [trace for trace in TRACES if (home / trace).exists()]
+        names = {entry.name for entry in storage.entries(home)}
+    return [trace for trace in TRACES if trace in names]
 
 
 def _read_record(path):

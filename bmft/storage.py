@@ -47,6 +47,15 @@ def absolute(path):
     return path if in_cloud(path) else epath.Path(os.path.join(os.getcwd(), path))
 
 
+def entries(path):
+    """What is in a folder; nothing if there is none. exists() and is_dir() say no of gs://, too,
+    where they got no answer, and what is there must not be taken for missing."""
+    try:
+        return list(path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def files_below(path):
     """All files below a folder, however deep, in the order of their paths."""
     found = []
