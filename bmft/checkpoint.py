@@ -4,7 +4,8 @@
     checkpoints/300/manifest.json    SHA-256 of each file, the loop's progress, base
 
 The manifest is written last, so a directory without one was never complete. Orbax itself restores
-flipped bits without a word (measured: 25 of 25), hence the sums.
+flipped bits without a word (measured: 25 of 25), hence the sums. In Cloud Storage it is the same,
+where nothing can be renamed (bmft/storage.py).
 
 Of several processes each writes what it holds, into the one directory that all of them share. The
 first one does the rest: it makes room, seals what all have written, removes what is old, and says
@@ -18,16 +19,15 @@ import hashlib
 import json
 import logging
 import os
-import pathlib
-import re
 import shutil
 import sys
 import typing
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from bmft import processes
+from bmft import processes, storage
 from bmft.errors import Mistake
 from bmft.run import cannot_write, warn, write_whole
 
@@ -53,8 +53,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory, *, fingerprint, keep=2):
-        self.directory = pathlib.Path(directory).absolute()  # Orbax takes no other
-        self.shown = pathlib.Path(directory)  # in messages, as the user wrote it
+        self.shown = epath.Path(directory)  # in messages, as the user wrote it
+        self.directory = storage.absolute(self.shown)  # Orbax takes no other
         self._fingerprint = fingerprint
         self._keep = max(1, keep)
         self._checked = {}  # {step: content of a manifest whose sums were right}
@@ -86,7 +86,8 @@ class Checkpoints:
 
         Raises Mistake if there are complete ones and all are damaged, or of another base.
         """
-        found = processes.from_first(self._newest)
+        with storage.reading(self.shown):
+            found = processes.from_first(self._newest)
         if found is None:
             return None
         step, progress, best_of = found
@@ -122,13 +123,14 @@ class Checkpoints:
         """
         self.wait()
         where = self.shown / str(step)
-        leaves = processes.from_first(lambda: self._leaves(step))
-        _refuse_other_leaves(where, leaves, _describe(like))
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
         path = self._path(step) / "state"
-        return self._orbax.restore(path, args=ocp.args.StandardRestore(target))
+        with storage.reading(self.shown):
+            leaves = processes.from_first(lambda: self._leaves(step))
+            _refuse_other_leaves(where, leaves, _describe(like))
+            return self._orbax.restore(path, args=ocp.args.StandardRestore(target))
 
     def _leaves(self, step):
         try:
@@ -170,7 +172,7 @@ class Checkpoints:
         path = self._path(step)
         if first:  # the others wait for it in Orbax
             self._require_space(path, state)
-            shutil.rmtree(path, ignore_errors=True)  # damaged, or never complete
+            storage.remove(path)  # damaged, or never complete
         with self._failures(path):
             self._orbax.save(path / "state", args=ocp.args.StandardSave(state))
         self._pending = path, self._pool.submit(self._finish, step, content)
@@ -208,7 +210,7 @@ class Checkpoints:
                 if old < step and old not in kept:
                     path = self._path(old)
                     (path / "manifest.json").unlink(missing_ok=True)  # first: no half is believed
-                    shutil.rmtree(path, ignore_errors=True)
+                    storage.remove(path)
         self._best_of = {old: of for old, of in self._best_of.items() if old >= step or old in kept}
 
     # Helpers
@@ -217,9 +219,8 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _steps(self):
-        if not self.directory.is_dir():
-            return []
-        return [int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal()]
+        names = [entry.name for entry in storage.entries(self.directory)]
+        return [int(name) for name in names if name.isdecimal()]
 
     def _older(self, step):
         """{complete step: its best} of those before `step`. Their sums are checked when needed."""
@@ -248,10 +249,11 @@ class Checkpoints:
         if step not in self._checked:
             content = self._read_manifest(step)
             for name, digest in content["files"].items():
-                file = self._path(step) / name
-                if not file.is_file():
-                    raise Damaged(f"is damaged ({name} is missing)")
-                if _sum(file) != digest:
+                try:
+                    found = _sum(self._path(step) / name)
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    raise Damaged(f"is damaged ({name} is missing)") from None
+                if found != digest:
                     raise Damaged(f"is damaged ({name}: SHA-256 differs)")
             self._checked[step] = content
         return self._checked[step]
@@ -266,6 +268,8 @@ class Checkpoints:
     def _require_space(self, path, state):
         """A full disk is better found before than by Orbax, which then prints pages of its own."""
         with self._failures(path):
+            if storage.in_cloud(path):
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MARGIN
             if shutil.disk_usage(path.parent).free < needed:
@@ -275,21 +279,17 @@ class Checkpoints:
     def _failures(self, path):
         """What the system refuses, as one line with the path."""
         try:
-            yield
-        except (OSError, ValueError) as error:  # TensorStore raises ValueError, with the number
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            if number:
-                error = OSError(int(number[1]), os.strerror(int(number[1])))
-            elif not isinstance(error, OSError):
-                raise
+            with storage.os_errors():
+                yield
+        except OSError as error:
             self._unmute = lambda: None  # it goes on complaining until the process ends
             mistake = cannot_write(self.shown / path.name, error)
             raise Mistake(f"{mistake}; {self.last()}") from error
 
 
 def _mute():
-    """Hush what Orbax and TensorStore print of a failure they raise too; returns the undoing."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    """Hush what libraries print of a failure that they raise, too; returns the undoing."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
 
     def unraisable(unraised):
@@ -327,12 +327,12 @@ def _refuse_other_leaves(where, saved, wanted):
 
 def _sums(path):
     """{name: SHA-256} of the files below `path` but the manifest."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): _sum(file) for file in files if file.parent != path}
+    files = (file for file in storage.files_below(path) if file.parent != path)
+    return {str(file.relative_to(path)): _sum(file) for file in files}
 
 
 def _sum(path):
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -89,7 +89,7 @@ def run(
             log=log,
             wall=progress.wall - run.opened,
         )
-        with loop.told_at_its_end(run.path):
+        with loop.told_at_its_end(run.checkpoints.parent):
             state = loop.train(lambda state, at: step(state, frozen, batches.at(at)), state)
             state, at, metrics = loop.conclude(state, config.export.best)
         log.draw_curves()
@@ -105,7 +105,7 @@ def exported(config, run, state, *, fingerprint):
     with _open_checkpoints(config, run, fingerprint) as checkpoints:
         saved = checkpoints.newest()
         if saved is None:
-            raise Mistake(f"{run.path} has no checkpoint to export")
+            raise Mistake(f"{run.checkpoints.parent} has no checkpoint to export")
         step = Progress(**saved.progress).chosen(config.export.best)
         return _exchange(checkpoints, step, state), step
 
@@ -254,7 +254,7 @@ def _steps(step, state, at, until, stop):
 
 def _open_checkpoints(config, run, fingerprint):
     keep = config.checkpoint.keep
-    return Checkpoints(run.path / "checkpoints", fingerprint=fingerprint, keep=keep)
+    return Checkpoints(run.checkpoints, fingerprint=fingerprint, keep=keep)
 
 
 def _exchange(checkpoints, step, state):

@@ -92,9 +92,11 @@ def find_methods(config, model):
 
 
 def exports_missing(config, folder):
-    """Whether a finished run lacks something that export asks for now."""
+    """Whether a finished run lacks something that export asks for now; process 0 looks."""
     wanted = {"adapter": config.export.adapter, "model": config.export.merged}
-    return any(asked and not (folder / name).is_dir() for name, asked in wanted.items())
+    return processes.from_first(
+        lambda: any(asked and not (folder / name).is_dir() for name, asked in wanted.items())
+    )
 
 
 def write_exports(config, folder, model, methods, state, frozen, *, labels, fingerprint, beside):

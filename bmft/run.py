@@ -9,6 +9,13 @@
 
 A run that was killed is opened again by the same command. What was computed must not be mixed with
 another config's, so `open_run` refuses one that differs where it matters.
+
+With `checkpoint.folder` the checkpoints lie there instead, with a config.json of their own. The
+first process alone reads and writes the rest, so no other one needs to see it, and what is there
+without the rest is gone on from: it may be another machine's.
+
+    gs://bucket/run/
+        config.json, checkpoints/
 """
 
 import contextlib
@@ -26,7 +33,9 @@ import subprocess
 import sys
 import time
 
-from bmft import processes
+from etils import epath
+
+from bmft import processes, storage
 from bmft.config import difference, to_json
 from bmft.errors import Mistake
 
@@ -47,6 +56,8 @@ class Run:
     """A run directory, opened."""
 
     path: pathlib.Path
+    checkpoints: epath.Path  # where they lie: below `path`, or in checkpoint.folder
+    continued: bool  # something was computed in `path` before
     finished: bool  # report.json is there, and train.steps has not grown since
     opened: float  # time.monotonic() at that moment
 
@@ -88,9 +99,9 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
     text that identifies the base's file. Raises Mistake if the directory holds another run (with
     the keys that differ; those of `may_differ` may, and train.steps may grow where it `may_grow`)
     or cannot be used; if one of several processes has another config or base than the first, or
-    another disk.
+    does not see where the checkpoints lie.
     """
-    path = pathlib.Path(workdir)
+    path, homes = _homes(workdir, config.checkpoint.folder)
     record = {
         "experiment": name,
         "config": to_json(config),
@@ -100,24 +111,25 @@ def open_run(config, workdir, name, fingerprint, may_differ=MAY_DIFFER, may_grow
     }
     alike = {key: record[key] for key in ("experiment", "base_fingerprint")} | record["config"]
     processes.refuse_other(alike)
-    found = _read_record(path)
-    if not any((path / trace).exists() for trace in TRACES):
-        found = None  # a mistake ended it before anything was computed: there is nothing to mix
+    records, reported = processes.from_first(lambda: _look(homes))
+    _refuse_other_folder(path, records[0], record)
     grown = False
-    if found is not None:
-        grown = _refuse_other(path, found, record, may_differ, may_grow)
-    finished = found is not None and not grown and (path / "report.json").is_file()
-    processes.exchange(None)  # all have read what process 0 now changes
+    for home, found in zip(homes, records, strict=True):
+        if found is not None:
+            grown |= _refuse_other(home, found, record, may_differ, may_grow)
+    finished = reported and not grown
     if processes.index() == 0:
         if grown:  # before the config changes: killed in between, it is still a run to continue
             _remove(path / "report.json")
-        if found is None or found["config"] != record["config"]:
-            write_whole(path / "config.json", json.dumps(record, indent=2) + "\n")
+        for home, found in zip(homes, records, strict=True):
+            if found is None or found["config"] != record["config"]:
+                write_whole(home / "config.json", json.dumps(record, indent=2) + "\n")
         if finished:
             print(f"{path} is a finished run: see {path / 'report.json'}")
     if processes.several():
-        _refuse_other_disk(path / "config.json")
-    return Run(path, finished, time.monotonic())
+        _refuse_other_disk(homes[-1] / "config.json")
+    checkpoints = epath.Path(homes[-1]) / "checkpoints"
+    return Run(path, checkpoints, records[0] is not None, finished, time.monotonic())
 
 
 def default_workdir(name, variant=None, overrides=None):
@@ -149,12 +161,16 @@ def write_whole(path, content):
     content = content.encode() if isinstance(content, str) else content
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        with storage.os_errors():
+            if storage.in_cloud(path):
+                path.write_bytes(content)
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(unfinished, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -179,40 +195,77 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _homes(workdir, folder):
+    """The run directory, and where a config.json lies: there, and in checkpoint.folder if set."""
+    if storage.in_cloud(workdir):
+        raise Mistake(f"--workdir={workdir} is no directory; checkpoint.folder may be gs://...")
+    path = pathlib.Path(workdir)
+    return path, [path, storage.folder(folder)] if folder else [path]
+
+
+def _look(homes):
+    """[[what config.json says, or None where nothing was computed], is there a report.json?]"""
+    records = [_read_record(home) for home in homes]
+    for number, home in enumerate(homes):
+        if not _traces(home):
+            records[number] = None  # a mistake ended it before: there is nothing to mix
+    if records[0] is None and any(records):
+        warn(f"{homes[1]} holds checkpoints of this run, {homes[0]} nothing: going on from those")
+    return records, (homes[0] / "report.json").is_file()
+
+
+def _traces(home):
+    with storage.reading(home):
+        names = {entry.name for entry in storage.entries(home)}
+    return [trace for trace in TRACES if trace in names]
+
+
 def _read_record(path):
     """What config.json says, or None for a new directory."""
     file = path / "config.json"
     try:
-        record = json.loads(file.read_text())
+        with storage.os_errors():
+            record = json.loads(file.read_text())
         if not isinstance(record, dict) or "experiment" not in record:
             raise Mistake(f"{file} is no run's: choose another --workdir")
         return record
     except FileNotFoundError:
-        for trace in TRACES:
-            if (path / trace).exists():
-                raise Mistake(
-                    f"{path} has {trace} but no config.json, so what was run there is not known: "
-                    "choose another --workdir"
-                ) from None
+        for trace in _traces(path):
+            raise Mistake(
+                f"{path} has {trace} but no config.json, so what was run there is not known: "
+                "choose another --workdir"
+            ) from None
         return None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise Mistake(f"{file} is damaged ({error}): choose another --workdir") from error
     except OSError as error:
-        raise Mistake(f"cannot read {file}: {error.strerror}") from error
+        raise Mistake(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def _refuse_other_disk(file):
     """Raises Mistake if a process does not see a file that process 0 has written."""
 
     def digest():
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+        with storage.reading(file):
+            return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
     first = processes.from_first(digest)
     seen = processes.exchange(digest() == first)
     if not all(seen):
         raise Mistake(
             f"process {seen.index(False)} does not see the {file} of process 0: --workdir must be "
-            "a directory that all hosts share"
+            "a directory that all hosts share, or checkpoint.folder one, or gs://bucket/path"
+        )
+
+
+def _refuse_other_folder(path, old, new):
+    """Raises Mistake if the checkpoints of a run that has begun are not where it looks for them."""
+    was = old and old["config"]["checkpoint"].get("folder")
+    now = new["config"]["checkpoint"]["folder"]
+    if old and was != now:
+        raise Mistake(
+            f"{path} has its checkpoints in checkpoint.folder={was!r}, not {now!r}: give that one, "
+            "or choose another --workdir"
         )
 
 

@@ -75,6 +75,7 @@ def get_config():
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = placeholder(int)  # steps; None: whenever eval.every
     checkpoint.keep = 2  # newest complete checkpoints kept, beside the best
+    checkpoint.folder = placeholder(str)  # or gs://bucket/path: of checkpoints/; None: --workdir
 
     config.log = log = ConfigDict()
     log.every = 10  # steps a row of metrics.jsonl averages over

@@ -136,6 +136,8 @@ def check(settings):
     for key in ("methods", "seeds"):
         if not chosen[key] or len(set(chosen[key])) < len(chosen[key]):
             raise Mistake(f"compare.{key}={chosen[key]}: name each once, and at least one")
+    if settings.config.checkpoint.folder:
+        raise Mistake("checkpoint.folder: the runs of a comparison have theirs in --workdir")
     for key in ("validation_examples", "test_examples"):
         if chosen[key] is not None and chosen[key] < 1:
             raise Mistake(f"compare.{key}={chosen[key]}: needs at least 1")

@@ -90,7 +90,7 @@ def main(argv):
         leave(state)
         return
 
-    before = at_first(run.path, fit, splits, assess, write)
+    before = at_first(run, fit, splits, assess, write)
     outcome = loop.run(
         config,
         run,
@@ -112,13 +112,19 @@ def groups(config):
     return prepare.groups(config) | {"data": dialog_sources.KEYS, "generate": writing.KEYS}
 
 
-def at_first(folder, fit, splits, assess, write):
+def at_first(run, fit, splits, assess, write):
     """What the model does before the first step: {"metrics": {split: ...}, "texts": [...]}.
 
     A run that is continued has it in before.json."""
-    path = folder / "before.json"
-    if (folder / "checkpoints").exists() and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    path = run.path / "before.json"
+
+    def read():
+        known = run.continued and path.exists()
+        return json.loads(path.read_text(encoding="utf-8")) if known else None
+
+    found = processes.from_first(read)
+    if found is not None:
+        return found
     metrics = {split: assess(fit.state, fit.frozen, split) for split in splits}
     found = {"metrics": metrics, "texts": write(fit.state)}
     if jax.process_index() == 0:

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bmft import storage
 from bmft.checkpoint import Checkpoints, Saved
 from bmft.errors import Mistake
 
@@ -256,6 +257,25 @@ def test_a_manifest_that_is_not_ours(tmp_path, capsys):
         (tmp_path / "30" / "manifest.json").write_text(content)
         assert found(tmp_path).step == 20
     assert capsys.readouterr().err.count("30 is damaged (manifest.json") == 4
+
+
+def test_where_nothing_can_be_renamed(tmp_path, monkeypatch, capsys):
+    """As in Cloud Storage, but for what Orbax does there, which only gs:// makes it do."""
+
+    def fail(*paths):
+        raise AssertionError("renamed")
+
+    monkeypatch.setattr(storage, "in_cloud", lambda path: True)
+    monkeypatch.setattr(os, "replace", fail)
+    fill(tmp_path)
+    assert steps_in(tmp_path) == [20, 30]
+    flip(newest_files(tmp_path)[-2])
+    with Checkpoints(tmp_path, fingerprint="base") as checkpoints:
+        assert checkpoints.newest() == Saved(20, {"step": 20})
+        assert "30 is damaged (state/" in capsys.readouterr().err
+        checkpoints.save(30, make_state(30), {"again": True})
+        assert_same(checkpoints.restore(30, make_state(0)), make_state(30))
+    assert found(tmp_path) == Saved(30, {"again": True})
 
 
 # Refusals

@@ -1,14 +1,17 @@
 """The run directory: made, recognised, refused when it is another run's, finished."""
 
 import errno
+import importlib.util
 import json
 import os
 import pathlib
 
 import jax
 import pytest
+from etils import epath
 from ml_collections import FrozenConfigDict
 
+from bmft import storage
 from bmft.errors import Mistake
 from bmft.run import REPORT, default_workdir, open_run, write_whole
 from configs import base
@@ -111,6 +114,92 @@ def test_steps_may_grow_and_nothing_else_of_train(tmp_path):
         opened(tmp_path, **{"train.steps": 300, "train.batch_size": 16})
     with pytest.raises(Mistake, match=r"train\.epochs: None != 1\.0, train\.steps: 200 != None"):
         opened(tmp_path, **{"train.steps": None, "train.epochs": 1.0})
+
+
+def test_checkpoints_in_a_folder_of_their_own(tmp_path, capsys):
+    """What is there is gone on from, in an empty directory, too: it may be another machine's."""
+    folder = {"checkpoint.folder": str(tmp_path / "bucket")}
+    run = opened(tmp_path / "a", **folder)
+    assert str(run.checkpoints) == str(tmp_path / "bucket" / "checkpoints")
+    assert not run.continued
+    records = [(tmp_path / home / "config.json").read_bytes() for home in ("a", "bucket")]
+    assert records[0] == records[1]
+    opened(tmp_path / "b", **folder, seed=1)  # nothing was computed yet
+    opened(tmp_path / "a", **folder)
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "a" / "metrics.jsonl").touch()
+    (tmp_path / "bucket" / "checkpoints" / "10").mkdir(parents=True)
+    assert opened(tmp_path / "a", **folder).continued
+    assert capsys.readouterr().err == ""
+    assert not opened(tmp_path / "c", **folder).continued
+    expected = f"warning: {tmp_path}/bucket holds checkpoints of this run, {tmp_path}/c nothing"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
+    with pytest.raises(Mistake, match=r"bucket holds another run \(seed: 0 != 1\)"):
+        opened(tmp_path / "d", **folder, seed=1)
+    opened(tmp_path / "c", **folder, **{"train.steps": 200})
+    record = json.loads((tmp_path / "bucket" / "config.json").read_text())
+    assert record["config"]["train"]["steps"] == 200
+
+
+def test_checkpoints_are_looked_for_where_they_are(tmp_path):
+    begun(tmp_path / "a")
+    opened(tmp_path / "a")
+    expected = r"a has its checkpoints in checkpoint\.folder=None, not '.*/b': give that one"
+    with pytest.raises(Mistake, match=expected):
+        opened(tmp_path / "a", **{"checkpoint.folder": str(tmp_path / "b")})
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("workdir", "folder", "message"),
+    [
+        ("gs://bucket/x", None, r"--workdir=gs://bucket/x is no directory; checkpoint\.folder may"),
+        ("run", "s3://bucket/x", "checkpoint.folder='s3://bucket/x': needs a directory or gs://"),
+        ("run", "gs://", "checkpoint.folder='gs://': needs a directory or gs://bucket/path"),
+        ("run", "gs://b/x", "'gs://b/x' needs the package 'gcsfs': .*-r requirements-gcs.txt$"),
+    ],
+)
+def test_storage_that_cannot_be(tmp_path, monkeypatch, workdir, folder, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Mistake, match=message):
+        opened(workdir, **{"checkpoint.folder": folder})
+    assert list(tmp_path.iterdir()) == []
+
+
+class Answer(Exception):
+    """As gcsfs raises it."""
+
+    __module__ = "gcsfs.retry"
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ValueError("Error [os_error_code='28']"), "No space left on device"),
+        (
+            ValueError("NOT_FOUND: gs://b/x [tensorstore_spec='{}'] [http_response_code='404']"),
+            "NOT_FOUND: gs://b/x",
+        ),
+        (FileNotFoundError("b/bucket/o"), "no such bucket or object"),
+        (Answer("Anonymous caller, 401"), "Answer: Anonymous caller, 401"),
+        (OSError("Forbidden: b/bucket/o"), "Forbidden: b/bucket/o"),
+    ],
+)
+def test_what_a_store_refuses_is_said_in_a_line(raised, expected):
+    class Refusing(type(epath.Path())):
+        def write_bytes(self, data):
+            raise raised
+
+    with pytest.raises(Mistake) as mistake:
+        write_whole(Refusing("gs://b/x"), "content")
+    assert str(mistake.value) == f"cannot write gs://b/x: {expected}"
+
+
+def test_a_fault_of_our_own_is_none_of_the_store():
+    with pytest.raises(ValueError, match="our own"), storage.os_errors():
+        raise ValueError("our own")
 
 
 def test_other_versions_are_a_warning(tmp_path, capsys):
