@@ -1,15 +1,19 @@
-"""The loss on every shape of a mesh of eight devices against that on one device.
+"""The losses on every shape of a mesh, of devices and of processes, against those on one device.
 
     ./run.sh benchmarks/meshes.py [--output=FILE.json] [--tasks=causal_lm,...] [--steps=20]
 
 Every task with LoRA on all linear layers and with all leaves moving, on models of two layers with
-random weights; eight devices on one CPU. The table gives, of each mesh (data x fsdp x tensor), the
-largest difference of a step's loss from that of one device, relative to it. Losses are compared,
-not parameters: Adam turns rounding into steps.
+random weights: on eight devices of one process, and on two and four processes with a device each,
+started by run.sh's own launcher, which make no rows but their own. The table gives, of each mesh
+(data x fsdp x tensor), the largest difference of a step's loss from that of one device, relative to
+it. Losses are compared, not parameters: Adam turns rounding into steps. One above 1e-5 is an error.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,11 +22,16 @@ import numpy as np
 from jax.sharding import AxisType
 from safetensors.numpy import save_file
 
-from bmft import models, names, prepare, sharding, tasks, tree
+from bmft import errors, models, names, prepare, processes, sharding, tasks, tree
 from bmft.config import read
 from bmft.models import weights
 
-SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 4, 2))
+BOUND = 1e-5
+SHAPES = {  # by the number of processes
+    1: ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 4, 2)),
+    2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)),
+    4: ((4, 1, 1), (1, 4, 1), (1, 2, 2)),
+}
 ROWS, TOKENS, SIZE, VOCABULARY = 16, 12, 16, 64
 ENCODER = {
     "vocab_size": VOCABULARY,
@@ -53,28 +62,66 @@ MODELS = {
 OF_TASK = {"preference": {"full": ["--config.task.method=simpo"]}}  # DPO's reference must not move
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="meshes.json")
     parser.add_argument("--tasks", default=",".join(MODELS))
     parser.add_argument("--steps", type=int, default=20)
-    given = parser.parse_args()
+    parser.add_argument("--within", help="of the processes that this program starts")
+    given = parser.parse_args(argv)
+    chosen = given.tasks.split(",")
+    if given.within:
+        compare(Path(given.within), chosen, given.steps)
+        return 0
     jax.config.update("jax_num_cpu_devices", 8)
-    rows = []
-    print("task                  method  mesh    largest difference", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for task in given.tasks.split(","):
-            where = directory(Path(folder) / task, MODELS[task], OUTPUTS[task])
-            for method in ("lora", "full"):
-                one = losses(task, method, (1, 1, 1), where, given.steps)
-                for shape in SHAPES:
-                    found = losses(task, method, shape, where, given.steps)
-                    difference = float(np.max(np.abs(found - one) / np.abs(one)))
-                    mesh = "x".join(map(str, shape))
-                    rows.append({"task": task, "method": method, "mesh": mesh})
-                    rows[-1] |= {"difference": difference, "losses": found.tolist()}
-                    print(f"{task:21s} {method:7s} {mesh:6s} {difference:19.1e}", flush=True)
+    print("task                  method  processes  mesh    largest difference", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bmft-meshes-") as folder:
+        for task in chosen:
+            directory(Path(folder) / task, MODELS[task], OUTPUTS[task])
+        compare(Path(folder), chosen, given.steps)
+        for count in list(SHAPES)[1:]:
+            start(count, [f"--within={folder}", f"--tasks={given.tasks}", f"--steps={given.steps}"])
+        rows = [row for count in SHAPES for row in load(Path(folder) / f"{count}.json")]
     Path(given.output).write_text(json.dumps(rows, indent=2) + "\n")
+    above = [row for row in rows if not row["difference"] <= BOUND]
+    for row in above:
+        where = f"{row['task']}, {row['method']}, {row['processes']} processes, {row['mesh']}"
+        print(f"error: {where}: {row['difference']:.1e} is above {BOUND}", file=sys.stderr)
+    return 1 if above else 0
+
+
+def start(count, argv):
+    """This program as so many processes, which write `count`.json."""
+    root = Path(__file__).resolve().parent.parent
+    launch = [sys.executable, "-m", "bmft.launch", f"--processes={count}", "--", __file__, *argv]
+    subprocess.run(launch, check=True, env=os.environ | {"PYTHONPATH": str(root)})
+
+
+def compare(folder, chosen, steps):
+    """The rows of the table for all meshes of as many processes as there are: into a file."""
+    count, rows = jax.process_count(), []
+    for task in chosen:
+        for method in ("lora", "full"):
+            file = folder / f"{task}-{method}.json"
+            if count == 1:
+                found = losses(task, method, (1, 1, 1), folder / task, steps)
+                file.write_text(json.dumps(found.tolist()))
+            one = np.array(load(file))
+            for shape in SHAPES[count]:
+                found = losses(task, method, shape, folder / task, steps)
+                difference = float(np.max(np.abs(found - one) / np.abs(one)))
+                mesh = "x".join(map(str, shape))
+                rows.append({"task": task, "method": method, "processes": count, "mesh": mesh})
+                rows[-1] |= {"difference": difference, "losses": found.tolist()}
+                print(
+                    f"{task:21s} {method:7s} {count:9d}  {mesh:6s} {difference:19.1e}", flush=True
+                )
+    if jax.process_index() == 0:
+        (folder / f"{count}.json").write_text(json.dumps(rows))
+
+
+def load(file):
+    return json.loads(file.read_text())
 
 
 def losses(task, method, shape, folder, steps):
@@ -93,9 +140,16 @@ def losses(task, method, shape, folder, steps):
     step = prepare.make_step(config, fit, loss_of(task, config))
     state, put, found = fit.state, sharding.put_batch(mesh), []
     for number in range(steps):
-        state, metrics = step(state, fit.frozen, put(BATCHES[task](number)))
+        state, metrics = step(state, fit.frozen, put(own_rows(BATCHES[task](number), mesh)))
         found.append(float(metrics["loss"]))
     return np.array(found)
+
+
+def own_rows(batch, mesh):
+    """The rows that a host would make by itself."""
+    numbers, count = sharding.share(mesh)
+    mine = np.arange(ROWS).reshape(count, -1)[list(numbers)].ravel()
+    return {name: array[mine] for name, array in batch.items()}
 
 
 def loss_of(task, config):
@@ -109,7 +163,7 @@ def loss_of(task, config):
 
 
 def directory(folder, settings, outputs):
-    """A model directory with random weights."""
+    """Make a model directory with random weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
     model = models.find(str(folder), outputs=outputs)
@@ -121,7 +175,6 @@ def directory(folder, settings, outputs):
             array = names.to_file(leaf.layout, array)
             tensors[model.names.written(leaf).format(layer)] = np.ascontiguousarray(array, "f")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -186,4 +239,4 @@ BATCHES |= {"causal_lm": dialogs, "preference": pairs}
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(errors.command(processes.joined(main)))

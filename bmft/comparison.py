@@ -14,6 +14,7 @@ import os
 import statistics
 from typing import NamedTuple
 
+from bmft import processes
 from bmft.log import read_rows
 from bmft.run import cannot_write, finite, write_whole
 
@@ -38,7 +39,7 @@ class Results:
         self.path = path
         self.rows = {}
         rows = read_rows(path)
-        if rows:  # without the line that a kill has torn
+        if rows and processes.index() == 0:  # without the line that a kill has torn
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             self.rows[row["method"], row["seed"]] = row

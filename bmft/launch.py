@@ -33,7 +33,8 @@ CPP_NOTE = re.compile(r"W\d{4} .*preemption_notifier")
 # Where the trace of a lost process begins, and what ends one.
 TRACE = re.compile(r"[EF]\d{4} .*(coordination_service|client\.h)|\*\*\* |Traceback \(most recent")
 OWN = re.compile("(warning|error|stopped): ")
-COORDINATOR = "Failed to send RPC to coordination service"
+# What a process says that has no word from the coordinator: it went, or does not answer in time.
+COORDINATOR = ("Failed to send RPC to coordination service", "CoordinationService/Heartbeat")
 MISSED = re.compile(r"stopped sending heartbeats\):\s*(\d+)|Task (\d+) heartbeat timeout")
 NOT_ALL_CAME = "CoordinationService/RegisterTask"
 CONTINUE = "the same command continues from the newest complete checkpoint"
@@ -132,9 +133,8 @@ class _Attempt:
                 child.process.send_signal(number)
 
     def _verdict(self, first):
-        ended = [child for child in self._children if child.ended_badly]
-        if ended and (first is None or first.is_consequence):  # its cause is known by now
-            first = min(ended, key=lambda child: child.is_consequence)
+        ended = [child for child in (first, *self._children) if child and child.ended_badly]
+        first = min(ended, key=lambda child: child.is_consequence, default=None)  # by now known
         if self._signals.interrupted:
             return 130  # as a shell says
         if first is None:
@@ -219,7 +219,7 @@ class _Child:
             return f"{_process(int(found[1] or found[2]))} was lost (no sign of life)"
         if NOT_ALL_CAME in text:
             return "not all processes came within the time to start in"
-        return f"{_process(0)} was lost" if COORDINATOR in text else None
+        return f"{_process(0)} was lost" if any(word in text for word in COORDINATOR) else None
 
     def last_line(self):
         """The last that a process which is not shown said, of its own making."""

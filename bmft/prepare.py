@@ -230,7 +230,7 @@ def packed(config, encoded, targets, length, mesh, training, put=None):
         shuffle=training,
         rows_multiple=sharding.rows(mesh) * (config.train.accumulate if training else 1),
         put=put or sharding.put_batch(mesh),
-        hosts=(jax.process_index(), jax.process_count()),
+        share=sharding.share(mesh),
     )
 
 

@@ -221,7 +221,7 @@ def in_batches(config, task, table, resize, mesh, training, put=lambda arrays: a
         shuffle=training,
         rows_multiple=sharding.rows(mesh) * (config.train.accumulate if training else 1),
         put=lambda arrays: place(put(arrays)),
-        hosts=(jax.process_index(), jax.process_count()),
+        share=sharding.share(mesh),
     )
 
 

@@ -11,7 +11,8 @@ A process that ends by a mistake or a fault says so before it goes, in the store
 coordinator, which is process 0. The others look there once a second, as whoever waits in a
 collective cannot be told otherwise: they end with the same status, and process 0 prints the line.
 A process that was killed says nothing. It is missed after `HEARTBEAT` seconds, and JAX aborts the
-others; bmft/launch.py keeps the traces of that and says in a line who was lost.
+others; bmft/launch.py keeps the traces of that, says in a line who was lost, and ends those on its
+own machine that JAX does not end.
 """
 
 import atexit
@@ -36,6 +37,9 @@ from bmft.errors import Mistake, Stopped
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of MPI's launchers, whether jax knows them or not
 HEARTBEAT = 40  # seconds without a sign of life until a process counts as lost; jax's own: 100
+# Of those on one machine bmft/launch.py sees at once that one has gone. Their only reason to be
+# silent is that the machine is busy: at a load of 40 on two cores, 40 seconds were too few.
+LOCAL_HEARTBEAT = 900
 PATIENCE = 24 * 3600  # seconds to wait for a process that lives: one may load, or export, for long
 FAREWELL = 10  # seconds that the coordinator stays, so that the others learn why it goes
 # What a collective says when another process has gone.
@@ -203,13 +207,15 @@ def _join():
 
 def _initialize():
     """jax.distributed.initialize as the surroundings ask for it; False: this process is alone."""
-    how = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": PATIENCE}
+    local = "BMFT_LOCAL_PROCESSES" in os.environ
+    heartbeat = LOCAL_HEARTBEAT if local else HEARTBEAT
+    how = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": PATIENCE}
     if any(name in os.environ for name in VARIABLES[1:]):
         how |= _variables() | {"cluster_detection_method": "deactivate"}
     elif _by_mpi() and importlib.util.find_spec("mpi4py"):
         how["cluster_detection_method"] = "mpi4py"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if "BMFT_LOCAL_PROCESSES" in os.environ:  # no proxy is in between
+    if local:  # no proxy is in between
         jax.config.update("jax_check_proxy_envs", False)
     try:
         with warnings.catch_warnings():

@@ -56,6 +56,15 @@ def rows(mesh):
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def share(mesh):
+    """(numbers, count): which of the `count` parts of a batch's rows the devices of this process
+    hold. Processes between which `tensor` splits the layers hold the same ones, and where the mesh
+    does not go along the hosts the parts of one need not be neighbours."""
+    count = rows(mesh)
+    cuts = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((count,)).values()
+    return tuple(sorted({cut.indices(count)[0] for (cut,) in cuts})), count
+
+
 def replicated(mesh):
     return NamedSharding(mesh, P())
 
@@ -156,14 +165,16 @@ def _quantized(axes, leaf):
 
 
 def put_batch(mesh):
-    """numpy batch of this process -> global arrays, rows split over the mesh."""
+    """numpy batch of this process, its `share` -> global arrays, rows split over the mesh."""
     sharding = NamedSharding(mesh, P(ROWS))
+    own, count = share(mesh)
+
+    def whole(array):
+        shape = (len(array) // len(own) * count, *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, array, shape)
 
     def put(batch):
-        return {
-            name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
-            for name, array in batch.items()
-        }
+        return {name: whole(np.asarray(array)) for name, array in batch.items()}
 
     return put
 

@@ -83,7 +83,8 @@ def main(argv):
         left = [job for job in jobs if (job.name, job.seed) not in report.results.rows]
         failed = compute_all(left, Common(model, task, tables, mesh, base), report) if left else []
         report.write()
-    print(f"\n{(whole.path / 'table.md').read_text()}")
+    if jax.process_index() == 0:  # the others may be here before it is written
+        print(f"\n{(whole.path / 'table.md').read_text()}")
     if failed:
         raise Mistake(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
 
@@ -181,10 +182,13 @@ def compute_all(jobs, common, report):
         try:
             report.add(job, compute(job, common, shared, own, programs))
         except Mistake as mistake:  # of one method: the others go on
+            if processes.several():  # it may be of one process, for which the others would wait
+                raise
             warn(f"{job.name}, seed {job.seed}: {mistake}")
             failed.append(f"{job.name}-{job.seed}")
             continue
-        shutil.rmtree(job.run.path / "checkpoints", ignore_errors=True)
+        if jax.process_index() == 0:  # which measures them
+            shutil.rmtree(job.run.path / "checkpoints", ignore_errors=True)
         minutes = (time.monotonic() - started) / 60 * (len(jobs) / (done + 1) - 1)
         print(f"about {minutes:.0f} minutes to go", flush=True)
     return failed

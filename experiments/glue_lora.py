@@ -78,8 +78,9 @@ def main(argv):
         if table.labels is None and table.glue:
             variables = train.variables(outcome.state, fit.frozen)
             outputs = evaluate.over_split(outputs_of, variables, batches[split])
-            path = glue.write_submission(run.path / "submission", table.glue, split, outputs)
-            print("wrote", path)
+            if processes.index() == 0:
+                path = glue.write_submission(run.path / "submission", table.glue, split, outputs)
+                print("wrote", path)
     finish(run, fit, outcome)
 
 

@@ -47,7 +47,8 @@ def main(argv):
     run = open_run(config, workdir, NAME, problem.base)
     if run.finished and not prepare.exports_missing(config, run.path):
         return
-    write_skipped(run.path, tables)
+    if processes.index() == 0:
+        write_skipped(run.path, tables)
 
     batches = prepare_images.batches(config, problem, mesh)
     steps = total_steps(config, batches["train"].steps_per_epoch)
@@ -94,7 +95,8 @@ def main(argv):
 
     leave(outcome.state)
     last = outputs(outcome.state, labelled[-1])
-    write_classes(run.path, task, tables, labelled[-1], last)
+    if processes.index() == 0:
+        write_classes(run.path, task, tables, labelled[-1], last)
     finish(run, fit, outcome)
 
 

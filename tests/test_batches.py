@@ -117,14 +117,27 @@ def test_without_shuffling_every_epoch_is_the_same():
     assert equal(found.at(2), found.at(2 + len(found)))
 
 
-@pytest.mark.parametrize("hosts", [2, 3, 6])
-def test_hosts_hold_the_rows_of_one_batch_in_turn(hosts):
-    whole = batches(rows_multiple=6)
-    shares = [batches(rows_multiple=6, hosts=(host, hosts)) for host in range(hosts)]
+# Which parts of the rows each host has; they need not be neighbours.
+SHARES = [((0,), (1,)), ((0,), (1,), (2,)), ((0, 1), (2, 3), (4, 5)), ((0, 2), (1,), (0, 2))]
+
+
+def together(shares, found):
+    """The parts that hosts with these shares have, in order: what all have of one batch."""
+    parts = {}
+    for numbers, batch in zip(shares, found, strict=True):
+        pieces = {name: np.split(array, len(numbers)) for name, array in batch.items()}
+        for place, number in enumerate(numbers):
+            parts[number] = {name: arrays[place] for name, arrays in pieces.items()}
+    ordered = [parts[number] for number in range(len(parts))]
+    return {name: np.concatenate([part[name] for part in ordered]) for name in ordered[0]}
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_hosts_hold_their_shares_of_one_batch(shares):
+    whole, count = batches(rows_multiple=6), 1 + max(map(max, shares))
+    hosts = [batches(rows_multiple=6, share=(numbers, count)) for numbers in shares]
     for step in (0, 10, 17):  # the last of an epoch, whose last rows are empty, among them
-        parts = [share.at(step) for share in shares]
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        assert equal(joined, whole.at(step))
+        assert equal(together(shares, [host.at(step) for host in hosts]), whole.at(step))
 
 
 def test_the_number_of_devices_adds_empty_rows_and_nothing_else():
@@ -198,8 +211,8 @@ def test_put_is_applied():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="labels"):
         Batches(encoded(), labels(N - 1), batch_size=10, row_length=T)
-    with pytest.raises(ValueError, match="hosts"):
-        batches(rows_multiple=3, hosts=(0, 2))
+    with pytest.raises(ValueError, match="2 equal parts"):
+        batches(rows_multiple=3, share=((0,), 2))
 
 
 @pytest.mark.parametrize(

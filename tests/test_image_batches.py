@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
+from test_batches import SHARES, together
 
 from bmft.data import images
 from bmft.data.image_batches import ImageBatches
@@ -378,15 +379,13 @@ def test_without_shuffling_every_epoch_is_the_same():
     assert equal(found.at(2 + len(found)), first[2])
 
 
-@pytest.mark.parametrize("hosts", [2, 3, 6])
+@pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("kind", ["bytes", "array"])
-def test_hosts_hold_the_rows_of_one_batch_in_turn(kind, hosts):
-    whole = batches(kind, rows_multiple=6)
-    shares = [batches(kind, rows_multiple=6, hosts=(host, hosts)) for host in range(hosts)]
+def test_hosts_hold_their_shares_of_one_batch(kind, shares):
+    whole, count = batches(kind, rows_multiple=6), 1 + max(map(max, shares))
+    hosts = [batches(kind, rows_multiple=6, share=(numbers, count)) for numbers in shares]
     for step in (0, 1, 2, 5, 11):  # the last of an epoch, padded, among them
-        parts = [share.at(step) for share in shares]
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        assert equal(joined, whole.at(step))
+        assert equal(together(shares, [host.at(step) for host in hosts]), whole.at(step))
 
 
 def test_the_number_of_devices_adds_padding_and_nothing_else():
@@ -410,7 +409,7 @@ def counted(watch=lambda row: None, **changes):
 
 
 def test_a_host_reads_its_own_rows_and_each_once():
-    found, read = counted(rows_multiple=16, hosts=(1, 2))
+    found, read = counted(rows_multiple=16, share=((1,), 2))
     batch = found.at(0)  # rows 8 to 15, of which the last six are padding: of images of host 0
     assert len(batch["index"]) == 8
     assert len(read) == 8
@@ -505,5 +504,5 @@ def test_put_is_applied():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="labels"):
         ImageBatches(table()[0], labels(N - 1), batch_size=10, resize=Resize(8))
-    with pytest.raises(ValueError, match="hosts"):
-        batches(rows_multiple=3, hosts=(0, 2))
+    with pytest.raises(ValueError, match="2 equal parts"):
+        batches(rows_multiple=3, share=((0,), 2))

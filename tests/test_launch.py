@@ -41,6 +41,13 @@ detected fatal errors. absl::Status: UNAVAILABLE: Failed to send RPC to coordina
 Either the leader task was preempted/died/restarted unexpectedly.
 *** Check failure stack trace: ***
 """,
+    "process 0, the coordinator, was lost;": """\
+F1122 21:32:56.422529    3374 client.h:80] Terminating process because the JAX distributed service \
+detected fatal errors. absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded
+
+RPC: /xla.coordination.CoordinationService/Heartbeat
+*** Check failure stack trace: ***
+""",
     "not all processes came": """\
 F1122 17:49:37.803460   17123 client.h:80] Terminating process because the JAX distributed service \
 detected fatal errors. absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded
@@ -111,6 +118,23 @@ def test_one_that_was_lost_on_another_host_is_named(says):
     status, _, (line,), _ = launch(program, "--retries=1", traces=TRACES[says])
     assert status == 1
     assert line.startswith(f"error: {says}")
+
+
+def test_of_two_that_were_left_the_first_to_end_tells_who_was_lost(tmp_path):
+    """Process 0 does not answer, process 1 ends of it, and now process 0 misses process 1."""
+    lost, coordinator = (TRACES[list(TRACES)[place]] for place in (0, 3))
+    program = f"""
+while not me and not os.path.exists({str(tmp_path / "ended")!r}):
+    time.sleep(0.02)
+sys.stderr.write({coordinator!r} if me else {lost!r})
+sys.stderr.flush()
+if me:
+    os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", "sleep 0.5; echo > '{tmp_path / "ended"}'")
+os.abort()
+"""
+    status, _, (line,), _ = launch(program, "--processes=2")
+    assert status == 1
+    assert line.startswith("error: process 0, the coordinator, was lost; the same command con")
 
 
 def test_those_that_do_not_end_are_killed(monkeypatch):

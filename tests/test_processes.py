@@ -225,6 +225,18 @@ def test_variables_that_cannot_be(monkeypatch, variables, says):
         processes._initialize()
 
 
+def test_how_long_one_may_be_silent(monkeypatch):
+    """Longer on one machine, where the launcher sees that a process has gone."""
+    said = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: said.append(how))
+    for name, value in zip(processes.VARIABLES, ("localhost:1234", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert processes._initialize()
+    monkeypatch.setenv("BMFT_LOCAL_PROCESSES", "2")
+    assert processes._initialize()
+    assert [how["heartbeat_timeout_seconds"] for how in said] == [40, 900]
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """What jax says where it detects no cluster."""

@@ -74,8 +74,8 @@ class Batches:
     encoded: `text.Encoded`. labels: int or float [n], None where there are none to learn from.
     batch_size: examples a step; a last step may hold fewer. rows_multiple: the number of rows is a
     multiple of this (devices x parts of a batch). put: what `at` returns is put(arrays).
-    hosts: (index, count); the arrays hold that host's share of the rows. What lies where depends on
-    neither rows_multiple nor hosts.
+    share: (numbers, count); the arrays hold these of `count` equal parts of the rows, those of this
+    host. What lies where depends on neither rows_multiple nor share.
 
     examples, steps_per_epoch, tokens_per_step (real tokens, mean) and padding_share (of the first
     epoch's tokens) are what logs and reports need.
@@ -92,20 +92,18 @@ class Batches:
         shuffle=False,
         rows_multiple=1,
         put=lambda arrays: arrays,
-        hosts=(0, 1),
+        share=((0,), 1),
     ):
         self.examples = len(encoded.offsets) - 1
-        if rows_multiple % hosts[1]:
-            raise ValueError(
-                f"{rows_multiple} rows at a time cannot be split over {hosts[1]} hosts"
-            )
+        if rows_multiple % share[1]:
+            raise ValueError(f"{rows_multiple} rows at a time are not {share[1]} equal parts")
         labels = np.zeros(self.examples, np.int32) if labels is None else np.asarray(labels)
         if labels.shape != (self.examples,):
             raise ValueError(f"labels {labels.shape} of {self.examples} examples")
         self._encoded, self._lengths = encoded, encoded.lengths
         self._labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32)
         self._row_length, self._multiple = row_length, rows_multiple
-        self._put, self._hosts = put, hosts
+        self._put, self._share = put, share
         self._plan = lambda epoch, slots: packing.plan(
             self._lengths, batch_size, row_length, seed, epoch, shuffle, slots
         )
@@ -149,10 +147,13 @@ class Batches:
 
     def _arrays(self, examples, row, slot, column, rows):
         """The arrays of this host, of `examples` that lie at (row, slot, column) of `rows` rows."""
-        host, hosts = self._hosts
-        rows //= hosts
-        mine = row // rows == host
-        examples, row, slot, column = (x[mine] for x in (examples, row % rows, slot, column))
+        numbers, count = self._share
+        each, rows = rows // count, rows // count * len(numbers)
+        place = np.full(count, -1)  # of a part, among those that are here
+        place[list(numbers)] = range(len(numbers))
+        part, mine = place[row // each], place[row // each] >= 0
+        row = part * each + row % each
+        examples, row, slot, column = (x[mine] for x in (examples, row, slot, column))
         shape, slots = (rows, self._row_length), (rows, self._first.slots)
 
         lengths = self._lengths[examples]
