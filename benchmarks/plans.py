@@ -83,7 +83,12 @@ PLANS = {
     "llama3_8b-nf4-v5e-16": (f"{QLORA}:llama3_8b", "Meta-Llama-3-8B-Instruct", "v5e:4x4", ()),
     "llama3_70b-v6e-64": (f"{CONFIG}:llama3_70b", "Meta-Llama-3-70B-Instruct", "v6e:8x8", ()),
     "llama3_70b-v5e-128": (f"{CONFIG}:llama3_70b_v5e", "Meta-Llama-3-70B-Instruct", "v5e:8x16", ()),
-    "vit_large-v5e-8": (f"{CONFIG}:vit_large", "vit-large-patch16-224-in21k", "v5e:2x4", ()),
+    "vit_large-v5e-8": (
+        f"{CONFIG}:vit_large",
+        "vit-large-patch16-224-in21k",
+        "v5e:2x4",
+        ("--classes=10",),
+    ),
     "roberta_large-mnli-v5e-8": (f"{CONFIG}:roberta_large_mnli", "roberta-large", "v5e:2x4", ()),
     "llama3_8b-h100x8": (
         f"{CONFIG}:llama3_8b",

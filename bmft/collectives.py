@@ -6,7 +6,7 @@ around a ring of n chips: (n - 1) / n of them, of an all-reduce twice that.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 KINDS += ("ragged-all-to-all", "collective-broadcast")
@@ -95,9 +95,10 @@ def _touched(one, outputs, module):
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
     given = [outputs.get(name, ()) for name in one.operands]
-    body = next((module.computations.get(name) for name in one.callees), None)
-    if one.opcode == "fusion" and body:
-        return _touched_by_fusion(one, given, body)
+    if one.opcode == "custom-call" and not given:
+        return 0.0  # room is made
+    if one.opcode == "fusion" and one.callees:
+        return _touched_by_fusion(one, given, module)
     if one.opcode in SLICES:
         return 2 * _held(one.arrays)
     if one.opcode == "dynamic-update-slice":
@@ -110,45 +111,77 @@ def _held(arrays):
     return sum(array.bytes for array in arrays if array.space == 0)
 
 
-def _touched_by_fusion(one, given, body):
+def _bytes(arrays):
+    return sum(array.bytes for array in arrays)
+
+
+def _touched_by_fusion(one, given, module):
     """Bytes of a fusion: of a parameter that is only sliced what the slices take; of a result, or
     a parameter, that is updated in place what is changed."""
-    named, users = {inner.name: inner for inner in body}, {}
-    for inner in body:
-        for place, operand in enumerate(inner.operands):
-            users.setdefault(operand, []).append((inner, place))
-    total = 0.0
-    for inner in body:
-        if inner.opcode == "parameter":
-            number = int(re.match(r"(\d+)\)", inner.text)[1])
-            whole = _held(given[number]) if number < len(given) else 0.0
-            total += min(whole, _read(inner, users, named, set())) if whole else 0.0
-    written = _held(one.arrays)
-    root = next(inner for inner in body if inner.is_root)
-    return total + (min(written, _written(root, named)) if written else 0.0)
+    body, total = _body(one, module), 0.0
+    for number, arrays in enumerate(given):
+        if whole := _held(arrays):
+            total += min(whole, _read(body.parameter(number), body, module))
+    results = _results(body, module)
+    if len(results) != len(one.arrays):
+        return total + min(_held(one.arrays), sum(results))
+    pairs = zip(one.arrays, results, strict=True)
+    return total + sum(min(array.bytes, own) for array, own in pairs if array.space == 0)
 
 
-def _read(inner, users, named, passed):
-    """Bytes that the users of an instruction read of it."""
+class _Body(NamedTuple):
+    """What a fusion computes."""
+
+    named: dict  # {name: Instruction}
+    users: dict  # {name: [(the instruction that takes it, as which operand)]}
+    root: Any
+
+    def parameter(self, number):
+        found = (one for one in self.named.values() if one.opcode == "parameter")
+        return next((one for one in found if int(one.text.partition(")")[0]) == number), None)
+
+
+def _body(fusion, module):
+    instructions = module.computations[fusion.callees[0]]
+    users = {}
+    for one in instructions:
+        for place, operand in enumerate(one.operands):
+            users.setdefault(operand, []).append((one, place))
+    named = {one.name: one for one in instructions}
+    return _Body(named, users, next(one for one in instructions if one.is_root))
+
+
+def _read(inner, body, module):
+    """Bytes that the users of an instruction of a fusion read of it; of none it is not read."""
     total = 0.0
-    for user, place in users.get(inner.name, ()):
+    for user, place in body.users.get(inner.name, ()) if inner else ():
         if user.opcode in SLICES and place == 0:
-            total += sum(array.bytes for array in user.arrays)
+            total += _bytes(user.arrays)
         elif user.opcode == "dynamic-update-slice" and place == 0:
             continue  # in place: what is changed is counted where it is written
-        elif user.opcode == "bitcast" and user.name not in passed:
-            total += _read(user, users, named, passed | {user.name})
+        elif user.opcode == "bitcast":
+            total += _read(user, body, module)
+        elif user.opcode == "fusion" and user.callees:
+            within = _body(user, module)
+            total += _read(within.parameter(place), within, module)
         else:
-            return sum(array.bytes for array in inner.arrays)
-    return total
+            return _bytes(inner.arrays)
+    return min(total, _bytes(inner.arrays)) if inner else 0.0
 
 
-def _written(root, named):
-    """Bytes that a fusion's root writes."""
-    if root.opcode == "bitcast" and root.operands[0] in named:
-        return _written(named[root.operands[0]], named)
-    if root.opcode == "dynamic-update-slice":
-        return sum(array.bytes for array in named[root.operands[1]].arrays)
-    if root.opcode == "tuple":
-        return sum(_written(named[name], named) for name in root.operands if name in named)
-    return sum(array.bytes for array in root.arrays)
+def _results(body, module):
+    """Bytes that a fusion writes of each of its results."""
+    parts = [body.root]
+    if body.root.opcode == "tuple":
+        parts = [body.named[name] for name in body.root.operands]
+    return [_written(one, body, module) for one in parts]
+
+
+def _written(one, body, module):
+    if one.opcode == "bitcast" and one.operands[0] in body.named:
+        return _written(body.named[one.operands[0]], body, module)
+    if one.opcode == "dynamic-update-slice":
+        return _bytes(body.named[one.operands[1]].arrays)
+    if one.opcode == "fusion" and one.callees:
+        return sum(_results(_body(one, module), module))
+    return _bytes(one.arrays)

@@ -108,6 +108,7 @@ def _tpus(name, shape):
 
     # Or it asks a cloud's metadata server what machine this is, and says at length that none is.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    quiet["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is used: others may go on using theirs
     quiet |= {"TPU_ACCELERATOR_TYPE": f"v5litepod-{_size(shape)}", "TPU_WORKER_ID": "0"}
     for key, value in (quiet | {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}).items():
         os.environ.setdefault(key, value)

@@ -88,6 +88,12 @@ replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
   ROOT %dynamic-slice.1 = f32[1,4,4]{2,1,0} dynamic-slice(%q, %i, %i, %i)
 }
 
+%around (r: f32[5,4,4], j: s32[]) -> f32[4,4] {
+  %r = f32[5,4,4]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %inner = f32[4,4]{1,0} fusion(%r, %j), kind=kLoop, calls=%slice_fusion
+}
+
 %body (c: (s32[], bf16[2,8], f32[5,4,4])) -> (s32[], bf16[2,8], f32[5,4,4]) {
   %c = (s32[], bf16[2,8]{1,0}, f32[5,4,4]{2,1,0}) parameter(0)
   %n = s32[] get-tuple-element(%c), index=0
@@ -95,7 +101,7 @@ replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
   %w = f32[5,4,4]{2,1,0} get-tuple-element(%c), index=2
   %begun = bf16[8,8]{1,0:S(1)} fusion(%x), kind=kCustom, calls=%start
   %all-gather.2 = bf16[8,8]{1,0:S(1)} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8]
-  %sliced = f32[4,4]{1,0:S(1)} fusion(%w, %n), kind=kLoop, calls=%slice_fusion
+  %sliced = f32[4,4]{1,0:S(1)} fusion(%w, %n), kind=kLoop, calls=%around
   ROOT %out = (s32[], bf16[2,8]{1,0}, f32[5,4,4]{2,1,0}) tuple(%n, %x, %w)
 }
 
