@@ -220,7 +220,7 @@ def check_length(config, model, methods):
 
 def packed(config, encoded, targets, length, mesh, training, put=None):
     """The `Batches` of one split: `encoded` in rows of `length` tokens. put: what becomes of the
-    arrays of a batch; None: they are put on the devices."""
+    arrays of a whole batch; None: this process puts its share of them on its devices."""
     return Batches(
         encoded,
         targets,
@@ -230,7 +230,7 @@ def packed(config, encoded, targets, length, mesh, training, put=None):
         shuffle=training,
         rows_multiple=sharding.rows(mesh) * (config.train.accumulate if training else 1),
         put=put or sharding.put_batch(mesh),
-        share=sharding.share(mesh),
+        share=((0,), 1) if put else sharding.share(mesh),
     )
 
 

@@ -210,7 +210,8 @@ def batches(config, problem, mesh):
 
 def in_batches(config, task, table, resize, mesh, training, put=lambda arrays: arrays, place=None):
     """The `ImageBatches` of one split. put: what becomes of the arrays of a batch; place: and of
-    these; None: they are put on the devices."""
+    those of a whole batch; None: this process puts its share of them on its devices."""
+    share = ((0,), 1) if place else sharding.share(mesh)
     place = place or sharding.put_batch(mesh)
     return ImageBatches(
         table,
@@ -221,7 +222,7 @@ def in_batches(config, task, table, resize, mesh, training, put=lambda arrays: a
         shuffle=training,
         rows_multiple=sharding.rows(mesh) * (config.train.accumulate if training else 1),
         put=lambda arrays: place(put(arrays)),
-        share=sharding.share(mesh),
+        share=share,
     )
 
 
