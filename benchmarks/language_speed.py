@@ -5,8 +5,9 @@
         [--data=FILE.jsonl --format=NAME --examples=16]
 
 LoRA of rank 8, float32, the same weights, adapter, batches, AdamW, schedule and clipping on both
-sides; attention there as it comes (sdpa). The sides take turns, a step each, `pairs` of them after
-two that do not count (compilation). Tokens a second are medians, the ratio that of the pairs.
+sides; attention there as it comes (sdpa). Each side is a process of its own, as it is for those who
+use it. They take turns, a step each, `pairs` of them after two that do not count (compilation).
+Tokens a second are medians, the ratio that of the pairs.
 
     full rows      4 rows of 512 tokens of running text, all of them learned
     real lengths   `examples` a step of the repository's instructions or of the file, the answers
@@ -15,8 +16,8 @@ two that do not count (compilation). Tokens a second are medians, the ratio that
 """
 
 import argparse
-import gc
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -47,17 +48,8 @@ def main():
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--output", default="language_speed.json")
     options = parser.parse_args()
-    sharding.use_all_cores(os.cpu_count())
-    torch.set_num_threads(os.cpu_count())
-    transformers.logging.set_verbosity_error()
-    config = settings(options)
-    tables = dialog_sources.load(config.data, splits=("train",))
-    sides = Sides(config, prepare.find_task(config, tables))
-    found = {
-        "full rows": sides.race(full_rows(sides, tables), options.pairs),
-        "real lengths": sides.race(real_lengths(sides, tables), options.pairs),
-    }
-    about = {"targets": options.targets, "pairs": options.pairs, "data": config.data.name}
+    found = {name: race(name, options) for name in KINDS}
+    about = {"targets": options.targets, "pairs": options.pairs, "data": options.data}
     Path(options.output).write_text(json.dumps(about | found, indent=2) + "\n")
     show(options, found)
 
@@ -92,9 +84,11 @@ def show(options, found):
 # --- batches: step -> (ours, theirs, tokens, tokens that are learned) ------------------------
 
 
-def full_rows(sides, tables):
+def full_rows(sides):
     """All examples one behind the other, cut into rows."""
-    encoded = sides.task.encode(tables["train"], sides.tokenizer, sides.config.data.max_length)
+    encoded = sides.task.encode(
+        sides.tables["train"], sides.tokenizer, sides.config.data.max_length
+    )
     count = ROWS * TOKENS
     stream = np.resize(encoded.tokens, -(-len(encoded.tokens) // count) * count)
     steps = stream.reshape(-1, ROWS, TOKENS).astype(np.int32)
@@ -115,10 +109,11 @@ def full_rows(sides, tables):
     return at
 
 
-def real_lengths(sides, tables):
+def real_lengths(sides):
     """The same examples in each step, packed and padded."""
-    config, table = sides.config, tables["train"]
-    batches = prepare.batches(config, sides.model, sides.methods, sides.task, tables, sides.mesh)
+    config, table = sides.config, sides.tables["train"]
+    given = (config, sides.model, sides.methods, sides.task, sides.tables, sides.mesh)
+    batches = prepare.batches(*given)
     encoded = sides.task.encode(table, sides.tokenizer, config.data.max_length)
 
     def at(step):
@@ -149,50 +144,109 @@ def padded(encoded, rows):
 # --- the two sides ---------------------------------------------------------------------------
 
 
+def race(kind, options):
+    """What is printed of one kind of batches: the sides' steps, turn by turn."""
+    context = multiprocessing.get_context("spawn")
+    sides = []
+    for take in (steps_here, steps_there):
+        pipe, end = context.Pipe()
+        process = context.Process(target=serve, args=(end, take, kind, options), daemon=True)
+        process.start()
+        end.close()  # or one that dies leaves us waiting
+        sides.append((process, pipe))
+    print(f"{kind}: loss and seconds of both", flush=True)
+    times, losses, counts = [], [], []
+    for number in range(WARM + options.pairs):
+        rows = []
+        for _, pipe in sides:
+            pipe.send(number)
+            rows.append(pipe.recv())
+        times.append([row[0] for row in rows])
+        losses.append([row[1] for row in rows])
+        counts.append(rows[0][2:])
+        print(f"{number}: loss {losses[-1]}, seconds {times[-1]}", flush=True)
+    for process, pipe in sides:
+        pipe.send(None)
+        process.join()
+    return summary(*(np.array(rows) for rows in (times[WARM:], counts[WARM:], losses)))
+
+
+def serve(pipe, take, kind, options):
+    """The steps of one side, in a process of its own, as they are asked for by their number."""
+    sharding.use_all_cores(os.cpu_count())
+    sides = Sides(options)
+    batch_at, step = KINDS[kind](sides), take(sides)
+    while (number := pipe.recv()) is not None:
+        *batches, tokens, learned = batch_at(number)
+        start = time.perf_counter()
+        loss = step(*batches, number)
+        pipe.send((time.perf_counter() - start, loss, tokens, learned))
+
+
 class Sides:
-    """Model and settings of both."""
+    """Model, data and settings of both, and ours as a run begins with it."""
 
-    def __init__(self, config, task):
-        self.config, self.task = config, task
-        self.mesh = sharding.mesh(config)
-        self.model = prepare.find_model(config, None)
+    def __init__(self, options):
+        self.config = settings(options)
+        self.tables = dialog_sources.load(self.config.data, splits=("train",))
+        self.task = prepare.find_task(self.config, self.tables)
+        self.mesh = sharding.mesh(self.config)
+        self.model = prepare.find_model(self.config, None)
         self.tokenizer = models.tokenizer(self.model)
-        self.methods = prepare.find_methods(config, self.model)
-        self.base = prepare.load(self.model, jax.random.key(0), self.mesh, self.methods)
+        self.methods = prepare.find_methods(self.config, self.model)
+        steps = self.config.train.steps
+        self.fit = prepare.fit(self.config, self.model, self.methods, self.mesh, steps)
 
-    def race(self, batch_at, pairs):
-        """What is printed of one kind of batches."""
-        gc.collect()  # the models of the race before
-        fit = prepare.fit(
-            self.config, self.model, self.methods, self.mesh, self.config.train.steps, self.base
-        )
-        step = prepare.make_step(self.config, fit, self.task.loss)
-        theirs = Theirs(self.adapted(fit), self.config.optim)
-        state, losses, times, counts = fit.state, [], [], []
-        for number in range(WARM + pairs):
-            ours, other, tokens, learned = batch_at(number)
-            start = time.perf_counter()
-            state, metrics = step(state, fit.frozen, ours)
-            here = float(metrics["loss"])
-            middle = time.perf_counter()
-            there = theirs.step(other, float(fit.rate(number)))
-            times.append((middle - start, time.perf_counter() - middle))
-            losses.append((here, there))
-            counts.append((tokens, learned))
-            print(f"{number}: loss {here:.6f} {there:.6f}, seconds {times[-1]}", flush=True)
-        return summary(*(np.array(rows) for rows in (times[WARM:], counts[WARM:], losses)))
 
-    def adapted(self, fit):
-        """transformers' model with our adapter, as it starts."""
-        with tempfile.TemporaryDirectory() as folder:
-            files.write(
-                folder, self.methods, {"lora": dict(self.config.peft.lora)}, self.model,
-                jax.device_get(fit.state.moving), jax.device_get(fit.frozen),
-                base="smollm2", fingerprint=weights.fingerprint(self.model),
-            )  # fmt: skip
-            base = in_torch(self.model, self.base)
-            base.config.use_cache = False
-            return hf_peft.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
+def steps_here(sides):
+    """(our batch, theirs, number) -> the loss of a step of ours."""
+    fit, state = sides.fit, sides.fit.state
+    step = prepare.make_step(sides.config, fit, sides.task.loss)
+
+    def take(batch, other, number):
+        nonlocal state
+        state, metrics = step(state, fit.frozen, batch)
+        return float(metrics["loss"])
+
+    return take
+
+
+def steps_there(sides):
+    """(our batch, theirs, number) -> the loss of a step of transformers + peft, from our adapter,
+    with AdamW as bmft/optim.py has it."""
+    torch.set_num_threads(os.cpu_count())
+    transformers.logging.set_verbosity_error()
+    rates = [float(sides.fit.rate(number)) for number in range(sides.config.train.steps)]
+    model, optim = adapted(sides), sides.config.optim
+    sides.fit = None  # our copy of the model
+    moving = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(moving, weight_decay=optim.weight_decay)
+
+    def take(batch, other, number):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[number]
+        loss = model(**other).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(moving, optim.clip)
+        optimizer.step()
+        return loss.item()
+
+    return take
+
+
+def adapted(sides):
+    """transformers' model with our adapter, as it starts."""
+    fit, groups = sides.fit, {"lora": dict(sides.config.peft.lora)}
+    with tempfile.TemporaryDirectory() as folder:
+        files.write(
+            folder, sides.methods, groups, sides.model,
+            jax.device_get(fit.state.moving), jax.device_get(fit.frozen),
+            base="smollm2", fingerprint=weights.fingerprint(sides.model),
+        )  # fmt: skip
+        base = in_torch(sides.model, fit.loaded)
+        base.config.use_cache = False
+        return hf_peft.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
 
 
 def summary(times, counts, losses):
@@ -209,23 +263,7 @@ def summary(times, counts, losses):
     }
 
 
-class Theirs:
-    """A model of transformers + peft and its optimizer, as bmft/optim.py has them."""
-
-    def __init__(self, model, optim):
-        self.model, self.clip = model, optim.clip
-        self.moving = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.moving, weight_decay=optim.weight_decay)
-
-    def step(self, batch, rate):
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = self.model(**batch).loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.moving, self.clip)
-        self.optimizer.step()
-        return loss.item()
+KINDS = {"full rows": full_rows, "real lengths": real_lengths}
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def bind(apply, variables, key=None, seen=None) -> Callable:
 
 def make_step(
     apply, loss, tx, *, accumulate=1, rate=None, momentum=None,
-    penalty=None, after=None, places=None, grad=jax.value_and_grad,
+    penalty=None, after=None, places=None, compiler_options=None, grad=jax.value_and_grad,
 ):  # fmt: skip
     """step(state, frozen, batch) -> state, metrics; jitted, the old state's memory is reused.
 
@@ -80,7 +80,7 @@ def make_step(
     batch, penalty and all, as they came: not clipped.
 
     places: a `State` of Shardings, where the new state lies: else XLA says, and a state that lies
-    otherwise than the one before costs a compilation.
+    otherwise than the one before costs a compilation. compiler_options: XLA's, of jax.jit.
 
     metrics: loss, penalty and the names of aux as means; weight; examples (aux's own, where a
     weight is no count); learning_rate; grad_norm, and grad_norms [n], a number for each moving leaf
@@ -122,7 +122,8 @@ def make_step(
             moving, memory = after(state.step + 1, moving, grads, memory)
         return State(state.step + 1, state.key, moving, opt, stats, memory), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=places and (places, None))
+    about = {"out_shardings": places and (places, None), "compiler_options": compiler_options}
+    return jax.jit(step, donate_argnums=0, **about)
 
 
 def _in_parts(gradient, count, state, frozen, batch, key):

@@ -307,6 +307,15 @@ def test_wrong_keys(task, keys, message):
         task.make({"train": dialogs()}, **keys)
 
 
+def test_a_cpu_multiplies_as_it_is_told():
+    """XLA's own choice for this product is a fusion of YNNPACK."""
+    options = prepare._products()
+    assert options or not jax.__version__.startswith("0.10.")
+    multiply = jax.jit(jnp.matmul, compiler_options=options)
+    text = multiply.lower(jnp.ones((256, 64)), jnp.ones((64, 128))).compile().as_text()
+    assert "ynn" not in text
+
+
 def test_the_reference_must_not_move():
     check = preference.make({}).check_moving
     check(["peft/layers/query/lora_a", "peft_shared/x"])

@@ -187,6 +187,15 @@ def test_an_adapter_for_each_prompt(model, are_likeliest, tmp_path):
         are_likeliest(own, PROMPTS[row : row + 1], texts[row : row + 1])
 
 
+def test_a_head_among_several_takes_one_text_a_row(model, tmp_path):
+    found, params = model
+    trained = Trained(found, params, {"lora": {"rank": 2, "targets": ("lm_head",)}})
+    read = files.read(trained.write(tmp_path, labels=None), found)
+    both = several.attach({"mine": read}, found, {"params": params})
+    with pytest.raises(Mistake, match="adapters that move head, .* with one text a row alone"):
+        both.apply(both.variables, {"adapters": np.zeros((1, 2), int)})
+
+
 def test_an_embedding_of_its_own_for_each_token():
     """LoRA on a table that is scaled, as Gemma's is; -1: of no adapter."""
     rng = np.random.default_rng(0)

@@ -97,7 +97,14 @@ def attach(adapters, model, base):
     method = peft.Method("several", lambda path: None, _hook)
     inner = peft.attach((method,), model).apply
 
+    head = model.names.head_module
+
     def apply(variables, batch):
+        if head in stacks and np.shape(batch.get("adapters", ()))[1:] > (1,):
+            raise Mistake(
+                f"adapters that move {head}, of a language model, can stand beside others with one "
+                "text a row alone: whose a token is, is not known there"
+            )
         own = {"peft_shared": {"several": _which(batch)}}
         return inner(variables | own, {k: v for k, v in batch.items() if k != "adapters"})
 

@@ -63,7 +63,7 @@ def answer(text, pattern=None):
     without the blanks around it. None: GSM8K's number, `normal_number` of it.
     """
     if pattern is None:
-        text = CALCULATOR.sub("", text)
+        text = CALCULATOR.sub("", text).replace("\N{MINUS SIGN}", "-")
         found = MARKED.findall(text)[:1] or LAST.findall(text)[-1:]
         return normal_number(found[0]) if found else None
     matches = list(re.finditer(pattern, text, re.MULTILINE))
