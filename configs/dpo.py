@@ -7,8 +7,12 @@
 
 The 120 questions of configs/instruct_lora.py as pairs: the answer in three lines is preferred to
 the same words in one. The reference is the base without its adapter, so no second model is held.
-What there is to see: accuracy and margin on pairs that were not trained on, 0 before the first
-step, and whether the lines come by themselves. On two CPU cores. Not run to its end by us.
+What there is to see: accuracy and margin on the 15 pairs that were not trained on, 0 before the
+first step; and whether the lines come by themselves.
+
+On two CPU cores that had other work to do: 12 min 23 s, 4.8 GB. Accuracy 1 and margin 6.8 after 13
+steps, the first of equal accuracy and so what is kept (8.4 after 26). The pairs are told apart, as
+the answers in one line became much less likely; only one of eight answers came in lines by itself.
 """
 
 from configs import base

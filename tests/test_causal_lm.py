@@ -309,11 +309,15 @@ def test_wrong_keys(task, keys, message):
 
 def test_a_cpu_multiplies_as_it_is_told():
     """XLA's own choice for this product is a fusion of YNNPACK."""
-    options = prepare._products()
+    config = base.get_config()
+    config.task.name = "causal_lm"
+    mesh = sharding.mesh(config)
+    options = prepare._compiled(config, mesh)
     assert options or not jax.__version__.startswith("0.10.")
     multiply = jax.jit(jnp.matmul, compiler_options=options)
     text = multiply.lower(jnp.ones((256, 64)), jnp.ones((64, 128))).compile().as_text()
     assert "ynn" not in text
+    assert prepare._known("xla_of_no_such_name", 1, mesh) is None
 
 
 def test_the_reference_must_not_move():
