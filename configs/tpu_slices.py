@@ -11,8 +11,8 @@ llama3_70b_v5e       v5e:8x16  instruct_lora          the same on twice as many,
 vit_large            v5e:2x4   image_classification   ViT-L/16 on CIFAR-10 at 224 pixels
 roberta_large_TASK   v5e:2x4   glue_lora              RoBERTa-large, a task of GLUE
 
-`./run.sh benchmarks/plans.py` writes what each needs, by its plan, into benchmarks/plans/; those of
-70B are not there yet. None has been run by us: no accelerator was at hand.
+`./run.sh benchmarks/plans.py` writes what each needs, by its plan, into benchmarks/plans/; that of
+llama3_70b_v5e is not there yet. None has been run by us: no accelerator was at hand.
 
 Llama's settings: the learning rates of configs/large_lora.py, chats of at most 1,024 tokens; there
 is no score that they could be held against. RoBERTa-large: the LoRA paper's (Hu et al. 2021,
