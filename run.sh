@@ -121,8 +121,9 @@ if ! is_ready; then
 fi
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-# A step's arrays come from malloc and go back: in large pages that is 1,800 page faults a step of
-# smollm2 instead of 497,000, and 7 % less time of the CPU (glibc 2.35 on; others do not read it).
+# A step's arrays come from malloc and go back: in large pages that was 1,800 page faults a step of
+# smollm2 instead of 497,000, and 7 % less time of the CPU, turn by turn on two noisy cores (glibc
+# 2.35 on; others do not read it).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 [ ${#launch[@]} -gt 0 ] || in_cluster || exec "$venv/bin/python" "$@"
 exec "$venv/bin/python" -m bmft.launch ${launch[@]+"${launch[@]}"} -- "$@" # signals reach Python, and its exit status is ours

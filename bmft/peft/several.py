@@ -96,7 +96,6 @@ def attach(adapters, model, base):
         made |= _whole(values, module, kinds, flat, at)
     method = peft.Method("several", lambda path: None, _hook)
     inner = peft.attach((method,), model).apply
-
     head = model.names.head_module
 
     def apply(variables, batch):
